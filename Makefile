@@ -1,0 +1,83 @@
+# From a clean clone: `make demo` shows the cluster, `make test` tests it. Everything else is below or in `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+
+# The controller's environment: a copy of the lock lies in it when it is whole.
+VENV := .venv/requirements.txt
+LAYERS := lint unit templates molecule-default molecule-mixed
+
+.PHONY: help
+help: ## List these targets
+	@sed -nE 's/^([a-z -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 36
+
+##### Demo
+
+.PHONY: demo
+demo: $(VENV) ## Start 1 gateway and 3 GPU hosts here, roll out to them, have them speak
+	@$(MAKE) --no-print-directory --jobs=2 demo-hosts envs
+	@ansible-playbook --inventory inventory/demo site.yml
+	@python -m testbed.demo
+
+.PHONY: demo-hosts
+demo-hosts: $(VENV)
+	@python -m testbed up --inventory inventory/demo
+
+.PHONY: demo-down
+demo-down: $(VENV) ## Remove the demo's hosts, and the Docker engine if it was started for them
+	@python -m testbed down --inventory inventory/demo
+	@rm -rf .cache/demo
+
+.PHONY: envs
+envs: $(VENV) ## Lock and build the conda environments of the demo and the tests
+	@python -m testbed.envs
+
+##### Tests
+
+.PHONY: test
+test: $(VENV) ## Run all test layers, one after the other
+	@python -m testbed.layers $(LAYERS)
+
+.PHONY: lint
+lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
+	ruff check .
+	ruff format --check .
+	mypy
+	yamllint --strict .
+	ansible-lint --offline
+
+.PHONY: unit
+unit: $(VENV) ## Layer 2: Python, refused inventories, modules
+	pytest --quiet tests/unit
+
+.PHONY: templates
+templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
+	pytest --quiet tests/templates
+
+.PHONY: molecule-default molecule-mixed
+molecule-default molecule-mixed: molecule-%: envs ## Layers 4 and 5: real hosts, from bare to serving and gone again
+	molecule test --no-command-borders --scenario-name $*
+
+##### The controller's own environment
+
+$(VENV): requirements.txt
+	@echo "installing the controller's environment into .venv"
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || apt-get install --quiet=2 --yes python3-venv
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@sed -n '/^uv==/,/[^\]$$/p' requirements.txt > .venv/uv.txt
+# uv takes 3 s where pip takes 20, but knows nothing of pip's configuration: where that names an index, pip it is.
+	@pip install --quiet --require-hashes --requirement .venv/uv.txt
+	@uv pip install --quiet --system-certs --require-hashes --requirement requirements.txt \
+	    || pip install --quiet --no-deps --require-hashes --requirement requirements.txt
+	@cp requirements.txt $@
+
+.PHONY: lock
+lock: $(VENV) ## Resolve requirements.in anew for Python 3.11 to 3.13
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --output-file requirements.txt requirements.in
