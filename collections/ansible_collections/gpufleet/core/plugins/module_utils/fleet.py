@@ -1,0 +1,482 @@
+# Copyright gpufleet contributors. Licensed under the Apache License 2.0.
+"""The fleet as the inventory describes it: one pure derivation that everything else reads.
+
+Ports, programs, upstreams, limits, tests and tables all come from :func:`derive`. It looks at inventory variables
+only, never at facts, so neither ``--limit`` nor a dead host can change what the gateway serves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import unsupported_environment
+
+RUN_DIRECTORY = "/run/gpufleet-gateway"  # the unix sockets of the gateway's inner servers
+DRAIN_DIRECTORY = "/var/lib/gpufleet-gateway/drain"  # a file named after an instance keeps new requests away from it
+DOWN_DIRECTORY = "/run/gpufleet-agent/down"  # likewise, but raised and cleared by the gateway's agent
+AGENT_SOCKET = "/run/gpufleet-agent/http.sock"  # where the agent tells the state of the cluster
+SOCKET_PATH_MAX = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
+DEFAULT_PORT = 9999
+REQUIRED = object()
+
+#: Every field of a service and its default. A field that is not here is a typing error and refused.
+SERVICE_FIELDS: dict[str, Any] = {
+    "route": REQUIRED,
+    "app": REQUIRED,
+    "code": REQUIRED,
+    "conda_env": REQUIRED,
+    "packages": (),
+    "environment": {},
+    "group": None,  # all GPU servers
+    "base_port": 12321,
+    "slots": 2,
+    "client_limit": 6,
+    "time_limit_seconds": 300,
+    "body_limit_megabytes": 100,
+    "failure_limit": 3,
+    "smoke": None,  # none
+}
+SMOKE_FIELDS = ("path", "body", "content_type")
+CODE_FIELDS = ("source", "version")
+GPU_FIELDS = ("device", "slots", "index")
+HOST_VARIABLES = ("gpu_count", "gpus")
+#: Set by gpufleet for each program; a service that set them too would undo its own placement or limits.
+RESERVED_ENVIRONMENT = re.compile(r"^(?:CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|PYTHONUNBUFFERED|SLOT_GUARD_\w*)$")
+#: Paths the gateway keeps for itself; `/_…` also holds the guard's admin endpoints.
+RESERVED_ROUTES = ("/_", "/health", "/cluster")
+
+_SERVICE_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
+_ROUTE = re.compile(r"^/(?:[A-Za-z0-9._~-]+/)*$")
+_APP = re.compile(r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+_PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]+$")
+_ENVIRONMENT_NAME = re.compile(r"^[A-Za-z_]\w*$")
+_ADDRESS = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[?[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*\]?)$")
+_SMOKE_PATH = re.compile(r"^(?!/)[A-Za-z0-9._~%!$&()*+,;=:@/?-]*$")
+_CONTENT_TYPE = re.compile(r"^[\w.+-]+/[\w.+-]+(?:; ?[\w-]+=[\w.-]+)?$")
+_DEVICE_UUID = re.compile(r"^(?:GPU|MIG)-[0-9A-Za-z/-]+$")
+_GIT_SOURCE = re.compile(r"^(?:[a-z+]+://|[\w.-]+@[\w.-]+:)")
+
+
+@dataclass
+class Faults:
+    """Everything that is wrong with an inventory, in the order found: one line each."""
+
+    lines: list[str] = field(default_factory=list)
+    places: set[str] = field(default_factory=set)
+
+    def add(self, where: str, variable: str, value: object, problem: str, remedy: str) -> None:
+        """Note that ``variable`` of ``where`` (a host or a service) has a value that cannot be used."""
+        shown = "is not set" if value is None else f"= {value!r}"
+        self.lines.append(f"{where}: {variable} {shown}: {problem}. {remedy}{'' if remedy.endswith('?') else '.'}")
+        self.places.add(where)
+
+    def unknown_key(self, where: str, path: str, key: object, value: object, known: Iterable[str]) -> None:
+        """Note a key that nothing reads, with the one that was probably meant."""
+        close = difflib.get_close_matches(str(key), list(known), n=1)
+        remedy = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}"
+        self.add(where, f"{path}{key}", value, "nothing has this name", remedy)
+
+
+def derive(
+    services: Any,
+    groups: Mapping[str, list[str]],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    conda_envs: Any = None,
+    gpu_group: str = "gpu_servers",
+    gateway_group: str = "gateways",
+    port: Any = DEFAULT_PORT,
+) -> dict[str, Any]:
+    """Derive the fleet from inventory variables.
+
+    :param services: services by name, fields as in :data:`SERVICE_FIELDS`.
+    :param groups: Ansible's ``groups``: host names by group name.
+    :param hostvars: Ansible's ``hostvars``; read are ``gpu_count``, ``gpus``, ``fleet_address`` and ``ansible_host``.
+    :param conda_envs: conda environments by name, each with the folder of its ``lock``.
+    :param gpu_group: the group of the GPU servers.
+    :param gateway_group: the group of the gateways.
+    :param port: TCP port that the gateway serves.
+    :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
+        ``gateways`` with their capacities in concurrent requests, and ``faults``. With faults the rest is a best
+        effort that must not be rolled out.
+    """
+    faults = Faults()
+    gateways = _gateways(groups, hostvars, gateway_group, faults)
+    port = _whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
+    gpus = {host: _gpus(host, hostvars[host], faults) for host in sorted(groups.get(gpu_group, ()))}
+    if not gpus:
+        faults.add("inventory", f"group {gpu_group}", [], "there are no GPU servers", "Put at least one host into it")
+    _refuse_shared_uuids(gpus, faults)
+    known_services = _services(services, conda_envs, groups, gpu_group, faults)
+    addresses = {host: _address(host, hostvars[host], faults) for host in gpus}
+    _refuse_shared_addresses(addresses, faults)
+
+    instances = [
+        _instance(name, service, host, addresses[host], gpu)
+        for name, service in sorted(known_services.items())
+        for host in sorted(set(groups.get(service["group"], ())) & set(gpus))
+        for gpu in gpus[host]
+    ]
+    _refuse_collisions(instances, gateways, port, faults)
+    for name, service in known_services.items():
+        service["capacity"] = sum(instance["slots"] for instance in instances if instance["service"] == name)
+        _check_client_limit(service, set(groups.get(service["group"], ())), faults)
+    hosts = {
+        host: {
+            "address": addresses[host],
+            "capacity": sum(instance["slots"] for instance in instances if instance["host"] == host),
+        }
+        for host in gpus
+    }
+    return {
+        "instances": instances,
+        "services": known_services,
+        "hosts": hosts,
+        "gateways": gateways,
+        "port": port,
+        "run_directory": RUN_DIRECTORY,
+        "drain_directory": DRAIN_DIRECTORY,
+        "down_directory": DOWN_DIRECTORY,
+        "agent_socket": AGENT_SOCKET,
+        "capacity": sum(instance["slots"] for instance in instances),
+        "faults": faults.lines,
+    }
+
+
+def _instance(name: str, service: Mapping[str, Any], host: str, address: str, gpu: Mapping[str, Any]) -> dict[str, Any]:
+    identifier = f"{name}-{host}-{gpu['index']}"
+    return {
+        "id": identifier,
+        "service": name,
+        "host": host,
+        "gpu": gpu["index"],
+        "device": gpu["device"],
+        "address": address,
+        "port": service["base_port"] + gpu["index"],
+        "slots": gpu["slots"] or service["slots"],
+        "program": f"gpufleet-{name}-{gpu['index']}",
+        "socket": f"{RUN_DIRECTORY}/{identifier}.sock",
+    }
+
+
+def _check_client_limit(service: Mapping[str, Any], hosts: set[str], faults: Faults) -> None:
+    if not service["capacity"] or faults.places & {f"host {host}" for host in hosts}:
+        return  # the capacity is not known yet; why has been named
+    if service["client_limit"] > service["capacity"]:
+        faults.add(
+            f"service {service['name']}",
+            "client_limit",
+            service["client_limit"],
+            f"one client would be allowed more than the cluster's {service['capacity']} concurrent requests",
+            f"Set it to {service['capacity']} or less",
+        )
+
+
+def _gateways(
+    groups: Mapping[str, list[str]], hostvars: Mapping[str, Mapping[str, Any]], group: str, faults: Faults
+) -> list[dict[str, str]]:
+    hosts = sorted(groups.get(group, ()))
+    if not hosts:
+        faults.add("inventory", f"group {group}", [], "there is no gateway", "Put the gateway's host into it")
+    gateways = [{"host": host, "address": _address(host, hostvars[host], faults)} for host in hosts]
+    for gateway in gateways:
+        if not _ip(gateway["address"]) and f"host {gateway['host']}" not in faults.places:
+            problem = "a name, and the guards know their gateways by address"
+            remedy = "Give the IP address from which the gateway reaches the GPU servers"
+            faults.add(f"host {gateway['host']}", "fleet_address", gateway["address"], problem, remedy)
+    return gateways
+
+
+def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(address.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _address(host: str, variables: Mapping[str, Any], faults: Faults) -> str:
+    """Where the gateway reaches a host: ``fleet_address``, else ``ansible_host``, else its name."""
+    for variable in ("fleet_address", "ansible_host"):
+        value = variables.get(variable)
+        if value is None:
+            continue
+        if not isinstance(value, str) or not _ADDRESS.match(value):
+            faults.add(f"host {host}", variable, value, "not an address or host name", "Give an IP address")
+        ip = _ip(str(value))
+        return f"[{ip}]" if ip and ip.version == 6 else str(value)  # as URLs and nginx write it
+    return host
+
+
+def _gpus(host: str, variables: Mapping[str, Any], faults: Faults) -> list[dict[str, Any]]:
+    """A host's GPUs as ``{index, device, slots}``; ``slots`` is None where the service's own number holds.
+
+    The index gives the port, so it follows the card, not its place in the list: leaving a broken card out moves none
+    of the others.
+    """
+    where = f"host {host}"
+    for variable in variables:
+        if re.match(r"^gpu(?:_|s|c|$)", variable) and variable not in HOST_VARIABLES and "_workers" not in variable:
+            faults.unknown_key(where, "", variable, variables[variable], HOST_VARIABLES)
+    count, cards = variables.get("gpu_count"), variables.get("gpus")
+    if (count is None) == (cards is None):
+        problem = "the number of GPUs is not known" if count is None else "gpus is given too, and one would be ignored"
+        faults.add(where, "gpu_count", count, problem, "Give either gpu_count or gpus")
+        return []
+    if cards is None:
+        count = _whole_number(
+            count, 1, 1024, faults, where, "gpu_count", "Give the number of cards nvidia-smi -L lists"
+        )
+        return [{"index": index, "device": str(index), "slots": None} for index in range(count or 0)]
+    if not isinstance(cards, (list, tuple)) or not cards:
+        faults.add(where, "gpus", cards, "not a list of GPUs", "List device indices, UUIDs or {device, slots, index}")
+        return []
+    gpus = [gpu for place, card in enumerate(cards) if (gpu := _gpu(where, place, card, faults))]
+    by_device: dict[str, dict[str, Any]] = {}
+    by_index: dict[int, dict[str, Any]] = {}
+    for gpu in gpus:
+        if by_device.setdefault(gpu["device"], gpu) is not gpu:
+            faults.add(where, "gpus, device", gpu["device"], "listed twice", "List every card once")
+        elif by_index.setdefault(gpu["index"], gpu) is not gpu:
+            remedy = "Give the cards with UUIDs an index of their own"
+            faults.add(where, "gpus, index", gpu["index"], "the index, and so the port, of two cards", remedy)
+    return sorted(by_index.values(), key=lambda gpu: gpu["index"])
+
+
+def _gpu(where: str, place: int, card: Any, faults: Faults) -> dict[str, Any] | None:
+    variable = f"gpus[{place}]"
+    entry = dict(card) if isinstance(card, Mapping) else {"device": card}
+    for key in set(entry) - set(GPU_FIELDS):
+        faults.unknown_key(where, f"{variable}.", key, entry[key], GPU_FIELDS)
+    given = entry.get("device")
+    is_index = not isinstance(given, bool) and re.match(r"^[0-9]+$", str(given))
+    device = str(int(str(given))) if is_index else str(given)
+    if not is_index and not _DEVICE_UUID.match(device):
+        faults.add(
+            where,
+            f"{variable}.device",
+            given,
+            "neither a device index nor a UUID",
+            "Give an index such as 0 or a UUID such as GPU-… or MIG-…, as nvidia-smi -L prints it",
+        )
+        return None
+    slots, index = entry.get("slots"), entry.get("index", int(device) if is_index else place)
+    if slots is not None:
+        slots = _whole_number(
+            slots, 1, 1024, faults, where, f"{variable}.slots", "Leave a card that must not serve out"
+        )
+    index = _whole_number(index, 0, 1023, faults, where, f"{variable}.index", "Give the card's own small number")
+    return None if index is None else {"index": index, "device": device, "slots": slots}
+
+
+def _services(
+    services: Any, conda_envs: Any, groups: Mapping[str, list[str]], gpu_group: str, faults: Faults
+) -> dict[str, dict[str, Any]]:
+    if not isinstance(services, Mapping) or not services:
+        faults.add("all", "services", services, "no service is defined", "Define at least one in group_vars/all.yml")
+        return {}
+    known: dict[str, dict[str, Any]] = {}
+    for name, given in services.items():
+        where = f"service {name}"
+        if not _SERVICE_NAME.match(str(name)):
+            faults.add(where, "name", name, "not usable in file and program names", "Use a-z, 0-9 and _, 32 at most")
+        elif not isinstance(given, Mapping):
+            faults.add(where, f"services.{name}", given, "not a mapping", "Give route, app, code and conda_env")
+        else:
+            known[str(name)] = _service(str(name), given, conda_envs, groups, gpu_group, faults)
+    _refuse_overlapping_routes(known, faults)
+    return known
+
+
+def _service(
+    name: str,
+    given: Mapping[str, Any],
+    conda_envs: Any,
+    groups: Mapping[str, list[str]],
+    gpu_group: str,
+    faults: Faults,
+) -> dict[str, Any]:
+    where = f"service {name}"
+    for key in set(given) - set(SERVICE_FIELDS):
+        faults.unknown_key(where, "", key, given[key], SERVICE_FIELDS)
+    service: dict[str, Any] = {"name": name}
+    for key, default in SERVICE_FIELDS.items():
+        value = given.get(key)
+        if value is None and default is REQUIRED:
+            faults.add(where, key, None, "required", f"Give services.{name}.{key}")
+        service[key] = (None if default is REQUIRED else default) if value is None else value
+
+    _check_text(service, "route", _ROUTE, "must begin and end with /, of plain characters", "Write /…/", faults)
+    if str(service["route"]).startswith(RESERVED_ROUTES):
+        faults.add(where, "route", service["route"], "kept for the gateway itself", "Choose another path")
+    _check_text(service, "app", _APP, "not module:attribute", "Write for instance App_Http_Server:app", faults)
+    service["code"] = _code(where, service["code"], faults)
+    envs = conda_envs if isinstance(conda_envs, Mapping) else {}
+    env = envs.get(str(service["conda_env"]))
+    if service["conda_env"] is not None and (not isinstance(env, Mapping) or set(env) != {"lock"}):
+        remedy = "Define it under conda_envs with the folder of its lock"
+        faults.add(where, "conda_env", service["conda_env"], "no such conda environment", remedy)
+    service["packages"] = list(service["packages"]) if isinstance(service["packages"], (list, tuple)) else [None]
+    for package in service["packages"]:
+        if not isinstance(package, str) or not _PACKAGE.match(package):
+            faults.add(where, "packages", given["packages"], "not a list of package names", "List the names apt knows")
+            break
+    service["environment"] = _environment(where, service["environment"], faults)
+    service["group"] = str(service["group"] or gpu_group)
+    _check_group(where, service["group"], groups, gpu_group, faults)
+    for key, low, high, remedy in (
+        ("base_port", 1024, 65535, "Give the first TCP port of its instances"),
+        ("slots", 1, 1024, "Give the concurrent requests one GPU can take"),
+        ("client_limit", 1, 1_000_000, "Give the concurrent requests one client may have"),
+        ("time_limit_seconds", 1, 86_400, "Give the longest time one request may take"),
+        ("body_limit_megabytes", 1, 102_400, "Give the largest request body"),
+        ("failure_limit", 1, 1000, "Give the failed requests in a row after which a GPU is taken out and restarted"),
+    ):
+        number = _whole_number(service[key], low, high, faults, where, key, remedy)
+        service[key] = SERVICE_FIELDS[key] if number is None else number
+    service["smoke"] = _smoke(service, faults)
+    return service
+
+
+def _check_text(
+    service: Mapping[str, Any], key: str, pattern: re.Pattern[str], problem: str, remedy: str, faults: Faults
+) -> None:
+    value = service[key]
+    if value is not None and not (isinstance(value, str) and pattern.match(value)):
+        faults.add(f"service {service['name']}", key, value, problem, remedy)
+
+
+def _code(where: str, code: Any, faults: Faults) -> dict[str, Any]:
+    if code is None:
+        return {}
+    if not isinstance(code, Mapping) or not isinstance(code.get("source"), str) or not code["source"]:
+        faults.add(
+            where, "code", code, "has no source", "Give {source: FOLDER} or {source: GIT_URL, version: REVISION}"
+        )
+        return {}
+    for key in set(code) - set(CODE_FIELDS):
+        faults.unknown_key(where, "code.", key, code[key], CODE_FIELDS)
+    if _GIT_SOURCE.match(code["source"]) and not code.get("version"):
+        faults.add(where, "code.version", None, "a git source needs a revision", "Give a tag or a commit")
+    return dict(code)
+
+
+def _smoke(service: Mapping[str, Any], faults: Faults) -> dict[str, str] | None:
+    """The request that proves a service: its whole path, its body as text and that one's media type.
+
+    A body that is not text is meant as JSON; without a body the request is a GET, else a POST.
+    """
+    where, given = f"service {service['name']}", service["smoke"]
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        faults.add(where, "smoke", given, "not a mapping", "Give {path: PATH, body: …}")
+        return None
+    for key in set(given) - set(SMOKE_FIELDS):
+        faults.unknown_key(where, "smoke.", key, given[key], SMOKE_FIELDS)
+    path, body, content_type = (given.get(key) for key in SMOKE_FIELDS)
+    if path is None:
+        faults.add(where, "smoke.path", None, "required", "Give the path below the route")
+    elif not isinstance(path, str) or not _SMOKE_PATH.match(path):
+        problem = "not a path below the route, of the characters of a URL"
+        faults.add(where, "smoke.path", path, problem, "Write it without the route and without / in front")
+    if content_type is not None and not (isinstance(content_type, str) and _CONTENT_TYPE.match(content_type)):
+        faults.add(where, "smoke.content_type", content_type, "not a media type", "Write for instance text/plain")
+    if body is not None and not isinstance(body, str):
+        content_type = content_type or "application/json"
+        try:
+            body = json.dumps(body, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError):
+            faults.add(where, "smoke.body", body, "cannot be written as JSON", "Quote what is not text or a number")
+            body = None
+    return {
+        "path": f"{service['route']}{path}",
+        "body": body or "",
+        "content_type": content_type or "text/plain; charset=utf-8",
+    }
+
+
+def _environment(where: str, environment: Any, faults: Faults) -> dict[str, str]:
+    if not isinstance(environment, Mapping):
+        faults.add(where, "environment", environment, "not a mapping", "Write NAME: value pairs")
+        return {}
+    hidden = "(hidden)"  # it may be a password
+    for name, value in environment.items():
+        variable = f"environment.{name}"
+        if not isinstance(name, str) or not _ENVIRONMENT_NAME.match(name):
+            faults.add(where, variable, hidden, "not the name of an environment variable", "Use letters, digits and _")
+        elif RESERVED_ENVIRONMENT.match(name):
+            faults.add(where, variable, hidden, "set by gpufleet for each GPU", "Leave it out")
+        elif not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            faults.add(where, variable, hidden, f"a {type(value).__name__}, not a text", "Write it in quotes")
+        elif reason := unsupported_environment(str(value)):
+            faults.add(where, variable, hidden, reason, "Pass it in a file and name that file here")
+    return {str(name): str(value) for name, value in environment.items()}
+
+
+def _check_group(where: str, group: str, groups: Mapping[str, list[str]], gpu_group: str, faults: Faults) -> None:
+    hosts = set(groups.get(group, ()))
+    if group != gpu_group and not hosts:
+        faults.add(where, "group", group, "there is no host in this group", "Name a group with GPU servers in it")
+    for host in sorted(hosts - set(groups.get(gpu_group, ()))):
+        faults.add(where, "group", group, f"{host} is in it but not in {gpu_group}", f"Put {host} into {gpu_group} too")
+
+
+def _refuse_overlapping_routes(services: Mapping[str, Mapping[str, Any]], faults: Faults) -> None:
+    routes = sorted((str(service["route"]), name) for name, service in services.items() if service["route"])
+    for (outer, first), (inner, second) in itertools.combinations(routes, 2):
+        if inner.startswith(outer):
+            remedy = "Give every service a path of its own"
+            faults.add(f"service {second}", "route", inner, f"overlaps with {outer!r} of service {first}", remedy)
+
+
+def _refuse_shared_uuids(gpus: Mapping[str, list[dict[str, Any]]], faults: Faults) -> None:
+    owner: dict[str, str] = {}
+    for host, cards in gpus.items():
+        for card in cards:
+            first = owner.setdefault(card["device"], host)
+            if first != host and not card["device"].isdigit():
+                remedy = "A UUID names one card in the world; correct the copy"
+                faults.add(f"host {host}", "gpus, device", card["device"], f"listed for {first} too", remedy)
+
+
+def _refuse_shared_addresses(addresses: Mapping[str, str], faults: Faults) -> None:
+    owner: dict[str, str] = {}
+    for host, address in addresses.items():
+        first = owner.setdefault(address, host)
+        if first != host:
+            remedy = "Give every GPU server an address of its own"
+            faults.add(f"host {host}", "ansible_host", address, f"the address of {first} too", remedy)
+
+
+def _refuse_collisions(
+    instances: list[dict[str, Any]], gateways: list[dict[str, str]], port: int, faults: Faults
+) -> None:
+    """Refuse two listeners on one port of a host, and names that the operating system cannot carry."""
+    taken = {(gateway["host"], port): "the gateway" for gateway in gateways}
+    for instance in instances:
+        where, base_port = f"host {instance['host']}", f"services.{instance['service']}.base_port"
+        owner = taken.setdefault((instance["host"], instance["port"]), instance["id"])
+        if owner != instance["id"]:
+            problem = f"the port of {instance['id']} is taken by {owner}"
+            faults.add(where, base_port, instance["port"], problem, "Move base_port to a free range")
+        if instance["port"] > 65535:
+            faults.add(where, base_port, instance["port"], "above 65535", "Lower base_port")
+        if len(instance["socket"]) > SOCKET_PATH_MAX and where not in faults.places:
+            problem = f"the path {instance['socket']} is longer than the {SOCKET_PATH_MAX} characters of a socket's"
+            faults.add(where, "inventory_hostname", instance["host"], problem, "Give the host a shorter inventory name")
+
+
+def _whole_number(
+    value: Any, low: int, high: int, faults: Faults, where: str, variable: str, remedy: str
+) -> int | None:
+    """``value`` as a whole number from ``low`` to ``high``, or None and a fault. ``-e`` and INI give digits as text."""
+    if not isinstance(value, bool) and re.match(r"^-?\d+$", str(value)) and low <= int(value) <= high:
+        return int(value)
+    faults.add(where, variable, value, f"not a whole number from {low} to {high}", remedy)
+    return None

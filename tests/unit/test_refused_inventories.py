@@ -1,0 +1,47 @@
+"""Every bad inventory is refused with exactly the lines that its own head promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.inventories.loader import derive_from
+
+PROJECT = Path(__file__).parents[2]
+REFUSED = sorted((PROJECT / "tests/inventories/refused").glob("*.yml"))
+MARK = "# refused: "
+
+
+def expected_faults(inventory):
+    return [line.removeprefix(MARK) for line in inventory.read_text().splitlines() if line.startswith(MARK)]
+
+
+def test_there_are_enough_bad_inventories():
+    assert len(REFUSED) >= 25
+
+
+@pytest.mark.parametrize("inventory", REFUSED, ids=lambda path: path.stem)
+def test_all_faults_are_named(inventory):
+    assert expected_faults(inventory), f"{inventory} promises no fault"
+    assert derive_from(inventory)["faults"] == expected_faults(inventory)
+
+
+@pytest.mark.parametrize("name", ["many_faults_at_once", "no_gpu_servers", "gpu_count_misspelt"])
+@pytest.mark.parametrize("arguments", [[], ["--tags", "gateway"], ["--limit", "gateway,gpu02"]], ids=" ".join)
+def test_the_playbook_stops_before_any_host(name, arguments):
+    """The hosts of these inventories do not exist: an attempt to reach one would show as UNREACHABLE."""
+    inventory = PROJECT / f"tests/inventories/refused/{name}.yml"
+    run = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", inventory, "site.yml", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    for fault in expected_faults(inventory):
+        assert fault in run.stdout
+    assert "UNREACHABLE" not in run.stdout
+    assert "PLAY [Give every GPU" not in run.stdout
