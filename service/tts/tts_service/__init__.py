@@ -1,0 +1,1 @@
+"""The reference text-to-speech service: text in, WAV out, on the route of the article's cluster."""
