@@ -1,0 +1,813 @@
+#!/usr/bin/python
+# Copyright gpufleet contributors. Licensed under the Apache License 2.0.
+"""Ansible module: Supervisor runs exactly the programs of one file, and each of them answers ready."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import stat
+import tempfile
+import time
+import xmlrpc.client
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.core.plugins.module_utils.instances import Instance
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import (
+    Changes,
+    Program,
+    ProgramFile,
+    compare,
+    describe,
+    parse_programs,
+)
+from ansible_collections.gpufleet.core.plugins.module_utils.unix_http import UnixConnection
+
+DOCUMENTATION = r"""
+module: supervisor_programs
+short_description: Run exactly the programs of one Supervisor file
+description:
+  - Writes the file, then adds, restarts and removes only the programs whose sections differ; every other program keeps
+    its processes. supervisord itself is never restarted, only started where it does not run.
+  - A removed or changed program is stopped and proved gone before anything takes its place.
+  - Ends with every program RUNNING or, where it has a port in O(ready_ports), answering 200 there. One that was touched
+    and has a request in O(smoke) has answered that too. A program that does not get there is put back on its previous
+    section, or taken out where it is new; the others stay as wanted.
+  - With O(replace) only the named programs are stopped. All others that would be, with whatever waits for their card
+    or port, are reported as RV(pending) and left as they run, in the file too.
+options:
+  path:
+    description: File of programs that Supervisor's own configuration includes. Its directory must exist.
+    type: path
+    required: true
+  content:
+    description: The whole file. Nothing but C([program:…]) sections whose names begin with O(prefix).
+    type: str
+    required: true
+  prefix:
+    description: How the names of all programs of the file begin, and of no program elsewhere.
+    type: str
+    default: gpufleet-
+  ready_ports:
+    description: TCP port by program. The program is up once O(ready_path) answers 200 there.
+    type: dict
+    default: {}
+  ready_address:
+    description: Address of this host to ask at.
+    type: str
+    default: 127.0.0.1
+  ready_path:
+    description: HTTP path to ask. An answer with a JSON C(state) of V(failed) ends the wait at once.
+    type: str
+    default: /_slot_guard/ready
+  ready_timeout:
+    description: Seconds within which all programs must be ready. Models load for minutes.
+    type: int
+    default: 900
+  smoke:
+    description:
+      - By program, a request that it must answer with 2xx after it was added, restarted or put up again - C(path),
+        C(body) (empty means GET) and C(content_type), sent to its port in O(ready_ports) - within C(timeout) seconds.
+    type: dict
+    default: {}
+  replace:
+    description:
+      - The programs that may be stopped in this run, to be replaced or removed. An empty list stops none.
+      - Left out, all may be.
+    type: list
+    elements: str
+  socket:
+    description: The Unix socket of supervisord.
+    type: path
+    default: /run/supervisor.sock
+  service:
+    description: The systemd service to enable and start where nothing answers at O(socket).
+    type: str
+    default: supervisor
+  service_override:
+    description: Text of a systemd drop-in for O(service), such as how long its stop may take.
+    type: str
+author: gpufleet contributors
+"""
+
+EXAMPLES = r"""
+- name: Run one program per instance
+  gpufleet.core.supervisor_programs:
+    path: /etc/supervisor/conf.d/gpufleet.conf
+    content: "{{ lookup('ansible.builtin.template', 'gpufleet.conf.j2') }}"
+    ready_ports:
+      gpufleet-cosyvoice2-0: 12321
+"""
+
+RETURN = r"""
+added:
+  description: Programs that are new.
+  returned: success
+  type: list
+  elements: str
+restarted:
+  description: Programs that were restarted because their sections changed.
+  returned: success
+  type: list
+  elements: str
+removed:
+  description: Programs that were stopped and removed.
+  returned: success
+  type: list
+  elements: str
+started:
+  description: Unchanged programs that were not running.
+  returned: success
+  type: list
+  elements: str
+pending:
+  description:
+    - What O(replace) kept from happening, as a list of C(program), C(change) (changed, leaving or added), C(instance),
+      C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now, where it does.
+  returned: success
+  type: list
+  elements: dict
+seconds:
+  description: How long it took to C(stop) programs and until the last one was C(ready), its smoke request included.
+  returned: success, where programs were touched
+  type: dict
+programs:
+  description: State and pid of each program by name, where supervisord runs.
+  returned: always
+  type: dict
+"""
+
+POLL_SECONDS = 0.25
+#: A local call is answered by supervisord's one loop; it never waits for a program here.
+RPC_TIMEOUT_SECONDS = 30.0
+#: How long one instance may take to answer while the import of a model holds its interpreter.
+ASK_TIMEOUT_SECONDS = 5.0
+#: What the kernel gets to end a process after SIGKILL; the GPU driver frees gigabytes in it.
+KILL_SECONDS = 20
+#: Beyond a program's startsecs, until it must have reached RUNNING.
+START_MARGIN_SECONDS = 10
+SERVICE_START_SECONDS = 15
+LOG_TAIL_LINES = 30
+LOG_TAIL_BYTES = 16_384
+
+# Supervisor's own defaults, its configuration reference.
+DEFAULT_STARTSECS = 1
+DEFAULT_STOPWAITSECS = 10
+
+STARTED_STATES = frozenset({"STARTING", "RUNNING"})
+STOPPED_STATES = frozenset({"STOPPED", "EXITED", "FATAL", "UNKNOWN"})
+
+# supervisor.xmlrpc.Faults
+FAULT_ALREADY_STARTED = 60
+FAULT_NOT_RUNNING = 70
+FAULT_CANT_REREAD = 92
+
+
+class ProgramsError(Exception):
+    """The host cannot be brought to the wanted programs; the message is for the operator."""
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = UnixConnection(self._path, RPC_TIMEOUT_SECONDS)
+        self._connection = host, connection  # what the base class closes
+        return connection
+
+
+@dataclass(frozen=True)
+class Process:
+    """What supervisord says of one program; ``pid`` is 0 where it has no process."""
+
+    state: str
+    pid: int
+    was_started: bool
+    description: str
+
+
+class Supervisor:
+    """The programs of one prefix, as a running supervisord knows them.
+
+    Speaks the XML-RPC interface that supervisorctl speaks: states and pids come typed, faults with codes, and several
+    programs can stop at a time, while each supervisorctl call costs a Python start and a text to parse.
+    """
+
+    def __init__(self, path: str, prefix: str) -> None:
+        """Talk to the Unix socket ``path`` about the programs whose names begin with ``prefix``."""
+        self.path = path
+        self.prefix = prefix
+
+    def answers(self) -> bool:
+        """Tell whether supervisord is there."""
+        with contextlib.suppress(OSError):
+            self._call("getState")
+            return True
+        return False
+
+    def reread(self) -> Changes:
+        """Let supervisord read its files again and tell what they would change; nothing is started or stopped.
+
+        :raises ProgramsError: it refuses the files.
+        """
+        try:
+            added, changed, removed = self._call("reloadConfig")[0]
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != FAULT_CANT_REREAD:
+                raise
+            raise ProgramsError(f"Supervisor refuses its configuration: {fault.faultString}") from fault
+        return Changes(*(sorted(name for name in names if self._ours(name)) for names in (added, changed, removed)))
+
+    def processes(self) -> dict[str, Process]:
+        """Return what runs, by program."""
+        return {
+            info["name"]: Process(info["statename"], info["pid"], info["start"] > 0, info["description"])
+            for info in self._call("getAllProcessInfo")
+            if self._ours(info["group"])
+        }
+
+    def start(self, name: str) -> str | None:
+        """Start a program, without waiting. Return why it cannot be started, or None."""
+        try:
+            self._call("startProcess", name, False)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != FAULT_ALREADY_STARTED:
+                return fault.faultString
+        return None
+
+    def stop(self, name: str) -> None:
+        """Send a program its stop signal, without waiting. SIGKILL follows after its stopwaitsecs."""
+        try:
+            self._call("stopProcess", name, False)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != FAULT_NOT_RUNNING:
+                raise
+
+    def add(self, name: str) -> None:
+        """Take a program up as the files have it; supervisord starts it by itself."""
+        self._call("addProcessGroup", name)
+
+    def remove(self, name: str) -> None:
+        """Forget a stopped program."""
+        self._call("removeProcessGroup", name)
+
+    def _ours(self, name: str) -> bool:
+        return name.startswith(self.prefix)
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        try:
+            with xmlrpc.client.ServerProxy("http://localhost", transport=_UnixTransport(self.path)) as proxy:
+                return getattr(proxy.supervisor, method)(*arguments)
+        except xmlrpc.client.ProtocolError as error:
+            raise ProgramsError(
+                f"supervisord at {self.path} answers HTTP {error.errcode} {error.errmsg}. "
+                "Its [unix_http_server] must not ask for a password: mode 0700 keeps others out."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """How to ask programs whether they are ready: at ``address``, path ``path``, ``ports`` by program.
+
+    ``smoke`` is by program the request that it must answer with 2xx once it is ready, as the module's option.
+    """
+
+    ports: Mapping[str, int]
+    address: str = "127.0.0.1"
+    path: str = "/_slot_guard/ready"
+    timeout: float = 900
+    smoke: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def ask(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Ask programs, all at a time. Return by name ``ready``, ``failed`` or ``waiting``, and what was answered."""
+        return side_by_side(self._ask, names)
+
+    def try_out(self, names: Iterable[str]) -> dict[str, str]:
+        """Send programs their smoke requests, all at a time. Return by program that failed what it answered."""
+        answers = side_by_side(self._try_out, names)
+        return {name: f"its smoke request failed: {answer}" for name, answer in answers.items() if answer}
+
+    def _try_out(self, name: str) -> str:
+        request = self.smoke[name]
+        return Instance(name, self.address, self.ports[name]).try_out(request, float(request["timeout"]))
+
+    def _ask(self, name: str) -> tuple[str, str]:
+        connection = http.client.HTTPConnection(self.address, self.ports[name], timeout=ASK_TIMEOUT_SECONDS)
+        try:
+            connection.request("GET", self.path)
+            response = connection.getresponse()
+            body = response.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException) as error:
+            return "waiting", f"{type(error).__name__}: {error}"
+        finally:
+            connection.close()
+        answer = f"HTTP {response.status} {body}"
+        if response.status == http.client.OK:
+            return "ready", answer
+        with contextlib.suppress(ValueError):
+            status = json.loads(body)
+            if isinstance(status, dict) and status.get("state") == "failed":
+                return "failed", answer
+        return "waiting", answer
+
+
+@dataclass(frozen=True)
+class Host:
+    """Brings the programs of one host from one file to another."""
+
+    path: Path
+    supervisor: Supervisor
+    readiness: Readiness
+    warn: Callable[[str], None]
+
+    def apply(
+        self, wanted: ProgramFile, patience: float, only: Collection[str] | None = None
+    ) -> tuple[Changes, Changes]:
+        """Write the file and replace the programs that differ; ``patience`` is the seconds a stop may take.
+
+        :param only: see :func:`permitted`.
+        :returns: what was done, and what there was to do.
+        :raises ProgramsError: supervisord refuses the file, which is then the old one again, or a program does not end.
+        """
+        before = self.path.read_text(encoding="utf-8") if self.path.exists() else None
+        make_log_directories(wanted)
+        if not is_private(self.path, wanted.text):
+            write_private(self.path, wanted.text)
+        try:
+            found = self.supervisor.reread()
+        except ProgramsError as error:
+            if before is None:
+                self.path.unlink()
+            else:
+                write_private(self.path, before)
+            raise ProgramsError(f"{error}. {self.path} was left as it was; nothing was stopped.") from error
+        changes = permitted(found, only)
+        leaving = [*changes.changed, *changes.removed]
+        self._stop(leaving, patience)
+        for name in leaving:
+            self.supervisor.remove(name)
+        # Only now: a newcomer may take over a port, or the memory of a card, from one that left.
+        for name in [*changes.changed, *changes.added]:
+            self.supervisor.add(name)
+        return changes, found
+
+    def _stop(self, names: list[str], patience: float) -> None:
+        """Stop programs, all at a time, and prove that nothing of them runs."""
+        groups = {name: process.pid for name, process in self.supervisor.processes().items()}
+        for name in names:
+            self.supervisor.stop(name)
+        deadline = time.monotonic() + patience
+        waiting = list(names)
+        while waiting:
+            states = {name: process.state for name, process in self.supervisor.processes().items()}
+            for name in [name for name in waiting if states.get(name, "STOPPED") in STOPPED_STATES]:
+                left = kill_group(groups[name])
+                if left:
+                    self.warn(f"{name} had left processes behind, which were killed: {left}")
+                waiting.remove(name)
+            if waiting and time.monotonic() > deadline:
+                pids = ", ".join(f"{name} (pid {groups[name]})" for name in waiting)
+                raise ProgramsError(
+                    f"{pids}: still there {patience:.0f} s after the order to stop, SIGKILL included. "
+                    "A process that waits for a hung GPU driver ends only with a reboot of the host."
+                )
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def start_down(self, names: Iterable[str], patience: float) -> list[str]:
+        """Start those programs that supervisord knows but has not running; return their names."""
+        processes = self.supervisor.processes()
+        down = [name for name in names if name in processes and is_down(processes[name])]
+        self._stop(down, patience)  # out of BACKOFF, and to the end of a stop that somebody else began
+        for name in down:
+            reason = self.supervisor.start(name)
+            if reason:
+                self.warn(f"{name} cannot be started: {reason}")
+        return down
+
+    def await_up(
+        self, programs: Mapping[str, Program], readiness: Readiness, tried: Collection[str] = ()
+    ) -> dict[str, str]:
+        """Wait until all programs run and are ready, and those in ``tried`` have answered their smoke requests.
+
+        :returns: by program that did not get there, why, with the tail of its log.
+        """
+        begun = time.monotonic()
+        start_seconds = START_MARGIN_SECONDS + max((startsecs(program) for program in programs.values()), default=0)
+        faults: dict[str, str] = {}
+        waiting = set(programs)
+        pids: dict[str, int] = {}
+        while waiting:
+            elapsed = time.monotonic() - begun
+            processes = self.supervisor.processes()
+            running = set()
+            for name in sorted(waiting):
+                fault = trouble(processes.get(name), pids.get(name), elapsed > start_seconds)
+                if fault:
+                    faults[name] = fault
+                elif processes[name].pid:
+                    pids.setdefault(name, processes[name].pid)
+                # An answer proves more than the startsecs do that Supervisor lets pass before it says RUNNING.
+                if not fault and processes[name].state in (
+                    {"RUNNING"} if name not in readiness.ports else STARTED_STATES
+                ):
+                    running.add(name)
+            answers = readiness.ask(sorted(running & set(readiness.ports)))
+            for name, (verdict, answer) in answers.items():
+                if verdict == "failed" or (verdict == "waiting" and elapsed > readiness.timeout):
+                    faults[name] = f"not ready after {elapsed:.0f} s: {answer}"
+            waiting -= set(faults) | {name for name in running if answers.get(name, ("ready", ""))[0] == "ready"}
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        faults |= readiness.try_out(name for name in tried if name in readiness.smoke and name not in faults)
+        return {name: f"{fault}\n{log_tail(programs[name])}" for name, fault in faults.items()}
+
+
+def side_by_side(ask: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the answers of ``ask`` by name; all names are asked at a time."""
+    asked = list(names)
+    if not asked:
+        return {}
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return dict(zip(asked, pool.map(ask, asked)))
+
+
+def permitted(changes: Changes, only: Collection[str] | None) -> Changes:
+    """Return the part of ``changes`` that a run may make.
+
+    :param only: None permits everything, an empty collection what stops no program, else what concerns these programs.
+    """
+    if only is None:
+        return changes
+    return Changes(
+        added=[name for name in changes.added if not only or name in only],
+        changed=[name for name in changes.changed if name in only],
+        removed=[name for name in changes.removed if name in only],
+    )
+
+
+def held_back(wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None) -> set[str]:
+    """Return the programs that differ and must stay as ``present`` has them: those not permitted, and who follows them.
+
+    A new program whose port is still in use, or whose card is about to be left by another one, waits for that.
+    """
+    changes = compare(present, wanted)
+    may = permitted(changes, only)
+    held = {*changes.added, *changes.changed, *changes.removed} - {*may.added, *may.changed, *may.removed}
+    staying = [present.programs[name] for name in held if name in present.programs]
+    ports = {program.port for program in staying} - {None}
+    cards = {card(present.programs[name]) for name in held.intersection(changes.removed)} - {None}
+    return held | {
+        name for name in may.added if wanted.programs[name].port in ports or card(wanted.programs[name]) in cards
+    }
+
+
+def card(program: Program) -> str | None:
+    """Return the GPU that a program sees, or None where it has no card of its own."""
+    return program.environment.get("CUDA_VISIBLE_DEVICES")
+
+
+def pending(held: Iterable[str], wanted: ProgramFile, present: ProgramFile) -> list[dict[str, Any]]:
+    """Describe programs that wait to be replaced, removed or added, as the module returns them."""
+    entries = []
+    for name in sorted(held):
+        old, new = present.programs.get(name), wanted.programs.get(name)
+        # A program that only supervisord still knows is in no file: nothing is known of it but its name.
+        old_environment, new_environment = (program.environment if program else {} for program in (old, new))
+        known = old_environment or new_environment
+        entries.append(
+            {
+                "program": name,
+                "change": "leaving" if not new else "changed" if old else "added",
+                "instance": known.get("SLOT_GUARD_INSTANCE"),
+                "port": old.port if old else None,
+                "from": old_environment.get("SLOT_GUARD_VERSION"),
+                "to": new_environment.get("SLOT_GUARD_VERSION"),
+            }
+        )
+    return entries
+
+
+def trouble(process: Process | None, first_pid: int | None, is_late: bool) -> str | None:
+    """Tell why a program that was just taken up will not get up, or None while it may.
+
+    :param first_pid: the pid that it was first seen with. Supervisor starts a program that dies after its startsecs
+        anew at once, for ever, and calls it RUNNING again.
+    :param is_late: whether it should be RUNNING by now.
+    """
+    if process is None:
+        return "Supervisor does not know it. Does its configuration include this file?"
+    if not process.was_started and not is_late:
+        return None  # added; supervisord starts it in its next turn
+    if process.state not in STARTED_STATES:
+        return f"{process.state}: {process.description}"
+    if process.state == "STARTING" and is_late:
+        return "still STARTING"
+    if first_pid and process.pid != first_pid:
+        return f"died as pid {first_pid} and was started again as pid {process.pid}"
+    return None
+
+
+def startsecs(program: Program) -> int:
+    """Return the seconds after which Supervisor calls a program RUNNING."""
+    return program.seconds("startsecs", DEFAULT_STARTSECS)
+
+
+def stop_patience(*files: ProgramFile) -> int:
+    """Return the seconds in which any program of these files must have ended, SIGKILL included."""
+    waits = [
+        program.seconds("stopwaitsecs", DEFAULT_STOPWAITSECS) for file in files for program in file.programs.values()
+    ]
+    return max(waits, default=DEFAULT_STOPWAITSECS) + KILL_SECONDS
+
+
+def is_down(process: Process) -> bool:
+    """Tell whether a program is neither up nor on its way, and so has to be started."""
+    return process.was_started and process.state not in STARTED_STATES
+
+
+def is_private(path: Path, text: str) -> bool:
+    """Tell whether :func:`write_private` would change nothing."""
+    return path.exists() and stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text(encoding="utf-8") == text
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file in one step, readable by its owner only: environments hold passwords."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+
+
+def refuse_missing(wanted: ProgramFile, changes: Changes) -> None:
+    """Raise ProgramsError, before anything is stopped, where a new section names a release that is not on the host."""
+    missing = []
+    for name in [*changes.added, *changes.changed]:
+        options = wanted.programs[name].options
+        needed = [options.get("directory", "/"), options.get("command", "/").split()[0]]
+        missing += [f"{name}: {path}" for path in needed if path.startswith("/") and not Path(path).exists()]
+    if missing:
+        raise ProgramsError(
+            f"missing on this host: {', '.join(missing)}. Nothing was stopped. "
+            "Run site.yml without --tags, which brings the releases first."
+        )
+
+
+def make_log_directories(wanted: ProgramFile) -> None:
+    """Create the directories of the logs, without which supervisord refuses the whole file.
+
+    They belong to root, who writes the logs: in a directory of the programs' user, a link there would let that user
+    write any file of the host.
+    """
+    for program in wanted.programs.values():
+        log = program.options.get("stdout_logfile", "")
+        if log.startswith("/"):
+            Path(log).parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+
+
+def log_tail(program: Program) -> str:
+    """Return the last lines of a program's log, with a heading and indented."""
+    log = Path(program.options.get("stdout_logfile", ""))
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    except OSError as error:
+        return f"(no log: {error})"
+    return "\n".join([f"Last lines of {log}:", *(f"  {line}" for line in lines)])
+
+
+def group_members(group: int) -> list[int]:
+    """Return the pids of a process group's living members, from proc(5)."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, member_of = entry.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(member_of) == group and state != "Z":
+                members.append(int(entry.parent.name))
+    return sorted(members)
+
+
+def kill_group(group: int) -> list[int]:
+    """Kill what is left of a stopped program's process group, which bears the pid of its first process.
+
+    A worker that outlives its killed Gunicorn master would keep its port and the memory of its card.
+
+    :returns: the pids that were killed.
+    :raises ProgramsError: they do not end.
+    """
+    killed = group_members(group) if group else []
+    for pid in killed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + KILL_SECONDS
+    while killed and group_members(group):
+        if time.monotonic() > deadline:
+            raise ProgramsError(f"pids {group_members(group)} survive SIGKILL. Reboot the host.")
+        time.sleep(POLL_SECONDS)
+    return killed
+
+
+def override_path(module: AnsibleModule) -> Path:
+    """Return the systemd drop-in of the service."""
+    return Path(f"/etc/systemd/system/{module.params['service']}.service.d/gpufleet.conf")
+
+
+def override_differs(module: AnsibleModule) -> bool:
+    """Tell whether the drop-in is not what is wanted; it may be left out, and is then not looked at."""
+    path, text = override_path(module), module.params["service_override"]
+    return text is not None and not (path.exists() and path.read_text(encoding="utf-8") == text)
+
+
+def ensure_override(module: AnsibleModule) -> bool:
+    """Write the drop-in; it holds from the next stop of the service on. Return whether it had to be written."""
+    if not override_differs(module):
+        return False
+    path = override_path(module)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.write_text(module.params["service_override"], encoding="utf-8")
+    path.chmod(0o644)
+    code, _, error = module.run_command(["systemctl", "daemon-reload"])
+    if code:
+        raise ProgramsError(f"systemctl daemon-reload failed with {code}: {error}")
+    return True
+
+
+def ensure_supervisord(module: AnsibleModule, supervisor: Supervisor) -> bool:
+    """Start supervisord where it does not answer. Return whether it had to be started."""
+    if supervisor.answers():
+        return False
+    command = ["systemctl", "enable", "--now", module.params["service"]]
+    code, _, error = module.run_command(command)
+    deadline = time.monotonic() + SERVICE_START_SECONDS
+    while code == 0 and not supervisor.answers() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    if not supervisor.answers():
+        raise ProgramsError(
+            f"nothing answers at {supervisor.path}, and `{' '.join(command)}` did not help (exit code {code}): {error}"
+        )
+    return True
+
+
+def predict(
+    wanted: ProgramFile, present: ProgramFile, supervisor: Supervisor, only: Collection[str] | None
+) -> dict[str, list[Any]]:
+    """Tell what a run would do, from the two files and, where it answers, from supervisord; touch nothing."""
+    held = held_back(wanted, present, only)
+    changes = compare(present, wanted.put_back(held, present))
+    unchanged = [name for name in wanted.programs if name not in {*changes.added, *changes.changed, *held}]
+    processes = supervisor.processes() if supervisor.answers() else {}
+    return {
+        "added": changes.added,
+        "restarted": changes.changed,
+        "removed": changes.removed,
+        "started": [name for name in unchanged if name not in processes or is_down(processes[name])],
+        "pending": pending(held, wanted, present),
+    }
+
+
+def converge(
+    host: Host, wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Bring the host to the wanted programs, as far as ``only`` permits, and return what was done.
+
+    :param only: see :func:`permitted`.
+    :raises ProgramsError: some program did not get up; those that had changed are put back.
+    """
+    patience = stop_patience(wanted, present)
+    held = held_back(wanted, present, only)
+    target = wanted.put_back(held, present)
+    refuse_missing(target, compare(present, target))
+    begun = time.monotonic()
+    changes, found = host.apply(target, patience, only)
+    stopped = time.monotonic()
+    # A run that was cut off may have left a file that supervisord has read and not acted on.
+    held |= {*found.changed, *found.removed} - {*changes.changed, *changes.removed}
+    concerned = [name for name in target.programs if name not in held and (not only or name in only)]
+    touched = {*changes.added, *changes.changed}
+    started = host.start_down((name for name in concerned if name not in touched), patience)
+    programs = {name: target.programs[name] for name in concerned}
+    faults = host.await_up(programs, host.readiness, sorted({*touched, *started}))
+    if faults:
+        raise ProgramsError(put_back(host, target, present, faults, patience))
+    result: dict[str, Any] = {
+        "added": changes.added,
+        "restarted": changes.changed,
+        "removed": changes.removed,
+        "started": started,
+        "pending": pending(held, wanted, present),
+    }
+    if touched or changes.removed:
+        result["seconds"] = {"stop": round(stopped - begun, 1), "ready": round(time.monotonic() - stopped, 1)}
+    return result
+
+
+def put_back(host: Host, wanted: ProgramFile, present: ProgramFile, faults: Mapping[str, str], patience: float) -> str:
+    """Put the failed programs back on their previous sections and return the report for the operator."""
+    undone = [name for name in faults if present.programs.get(name) != wanted.programs[name]]
+    restored = {name: present.programs[name] for name in undone if name in present.programs}
+    still_broken: dict[str, str] = {}
+    if undone:
+        host.apply(wanted.put_back(undone, present), patience, undone)
+        ports = {name: program.port for name, program in restored.items() if program.port}
+        still_broken = host.await_up(restored, replace(host.readiness, ports=ports, smoke={}))
+    lines = []
+    for name, fault in sorted(faults.items()):
+        if name in still_broken:
+            first_line = still_broken[name].splitlines()[0]
+            outcome = f"Put back on its previous settings, which do not run either: {first_line}"
+        elif name in restored:
+            outcome = "Put back on its previous settings, it runs."
+        elif name in undone:
+            outcome = "New, so taken out again."
+        else:
+            outcome = "Its settings had not changed; it is left as it is."
+        lines.append(f"{name}: {outcome} It failed: {fault}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "content": {"type": "str", "required": True, "no_log": True},
+            "prefix": {"type": "str", "default": "gpufleet-"},
+            "ready_ports": {"type": "dict", "default": {}},
+            "ready_address": {"type": "str", "default": "127.0.0.1"},
+            "ready_path": {"type": "str", "default": "/_slot_guard/ready"},
+            "ready_timeout": {"type": "int", "default": 900},
+            "smoke": {"type": "dict", "default": {}},
+            "replace": {"type": "list", "elements": "str"},
+            "socket": {"type": "path", "default": "/run/supervisor.sock"},
+            "service": {"type": "str", "default": "supervisor"},
+            "service_override": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    path = Path(module.params["path"])
+    prefix = module.params["prefix"]
+    supervisor = Supervisor(module.params["socket"], prefix)
+    readiness = Readiness(
+        {name: int(port) for name, port in module.params["ready_ports"].items()},
+        module.params["ready_address"],
+        module.params["ready_path"],
+        module.params["ready_timeout"],
+        module.params["smoke"],
+    )
+    only = module.params["replace"]
+    try:
+        wanted = parse_programs(module.params["content"], prefix)
+    except ValueError as error:
+        module.fail_json(msg=f"content: {error}")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        present = parse_programs(text, prefix)
+    except ValueError as error:
+        module.warn(f"{path} was not readable as programs and is replaced: {error}")
+        present = ProgramFile("", {})
+
+    target = wanted.put_back(held_back(wanted, present, only), present)
+    result: dict[str, Any] = {"programs": {}, "changed": not is_private(path, target.text)}
+    if module._diff:
+        salt = os.urandom(16)
+        result["diff"] = {
+            "before_header": str(path),
+            "after_header": str(path),
+            "before": describe(present.programs, salt),
+            "after": describe(target.programs, salt),
+        }
+    try:
+        if module.check_mode:
+            result["changed"] |= override_differs(module)
+            done = predict(wanted, present, supervisor, only)
+        else:
+            result["changed"] |= ensure_override(module) | ensure_supervisord(module, supervisor)
+            done = converge(Host(path, supervisor, readiness, module.warn), wanted, present, only)
+            result["programs"] = {
+                name: {"state": process.state, "pid": process.pid} for name, process in supervisor.processes().items()
+            }
+    except (ProgramsError, OSError, xmlrpc.client.Error) as error:
+        module.fail_json(msg=str(error), **result)
+    touched = any(done[key] for key in ("added", "restarted", "removed", "started"))
+    module.exit_json(**{**result, **done, "changed": result["changed"] or touched})
+
+
+if __name__ == "__main__":
+    main()
