@@ -1,0 +1,212 @@
+"""nginx with the rendered configuration on loopback, in front of simulated GPUs."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
+
+from testbed.shell import unpack
+from tests.templates.gpu import SimulatedGpu
+from tests.templates.render import PROJECT, render
+
+# Several checkouts may be tested on one machine at a time: each has a loopback network and a port of its own.
+NETWORK = f"127.{16 + os.getpid() % 200}"
+with socket.create_server(("127.0.0.1", 0)) as probe:
+    PORT = probe.getsockname()[1]
+ROUTE = "/AIVoice/TTS/CosyVoice2/"
+
+
+@pytest.fixture(scope="session")
+def nginx_program() -> str:
+    """The distribution's nginx: the installed one, else unpacked from its package without installing a service."""
+    installed = shutil.which("nginx")
+    if installed:
+        return installed
+    folder = PROJECT / ".cache/nginx"
+    program = folder / "usr/sbin/nginx"
+    if not program.exists():
+        unpack("nginx", folder)
+    return str(program)
+
+
+def article_fleet(hosts: int = 3, gpu_count: int = 2, client_limit: int = 6, **service: Any) -> dict[str, Any]:
+    """The article's fleet on loopback."""
+    names = [f"gpu{number:02}" for number in range(1, hosts + 1)]
+    hostvars = {
+        name: {"gpu_count": gpu_count, "ansible_host": f"{NETWORK}.{number // 250}.{1 + number % 250}"}
+        for number, name in enumerate(names)
+    }
+    fields = {"route": ROUTE, "app": "app:app", "code": {"source": "."}, "conda_env": "tts", **service}
+    services = {"cosyvoice2": {**fields, "client_limit": client_limit}}
+    groups = {"gpu_servers": names, "gateways": ["gateway"]}
+    conda_envs = {"tts": {"lock": "."}}
+    fleet = derive(
+        services, groups, {**hostvars, "gateway": {"ansible_host": "127.0.0.1"}}, conda_envs=conda_envs, port=PORT
+    )
+    assert fleet["faults"] == []
+    return fleet
+
+
+class Gateway:
+    """An nginx process that serves the rendered configuration below a folder of its own."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.program, self.folder = program, folder
+        self.configuration = folder / "nginx.conf"
+        self.agent_configuration = folder / "agent.json"
+        self.agent: subprocess.Popen[str] | None = None
+        run = ("run/gpufleet-gateway", "run/gpufleet-agent/down")
+        for name in (*run, "var/lib/gpufleet-gateway/drain", "var/lib/nginx", "var/log/nginx"):
+            (folder / name).mkdir(parents=True)
+
+    def write(self, fleet: dict[str, Any], **variables: Any) -> None:
+        """Render the configurations of nginx and of the agent for a fleet."""
+        text = self._moved(render("gateway", "nginx.conf.j2", fleet, **variables))
+        self.agent_configuration.write_text(self._moved(render("agent", "agent.json.j2", fleet)))
+        temporary = "".join(
+            f"    {kind}_temp_path {self.folder}/var/lib/nginx/{kind};\n"
+            for kind in ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
+        )
+        self.configuration.write_text(text.replace("http {\n", "http {\n" + temporary, 1))
+
+    def _moved(self, text: str) -> str:
+        """Move absolute paths below the folder."""
+        for path in ("/run/", "/var/log/nginx", "/var/lib/gpufleet-gateway"):
+            text = text.replace(path, f"{self.folder}{path}")
+        return text
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Call nginx on the configuration."""
+        return subprocess.run([*self._call, *arguments], capture_output=True, text=True)
+
+    @property
+    def _call(self) -> list[str]:
+        return [self.program, "-e", f"{self.folder}/var/log/nginx/error.log", "-c", str(self.configuration)]
+
+    def start(self) -> None:
+        """Start nginx and wait until it serves."""
+        self._process = subprocess.Popen([*self._call, "-g", "daemon off;"], stderr=subprocess.PIPE, text=True)
+        while not self._listens():
+            assert self._process.poll() is None, self._process.communicate()[1]
+            time.sleep(0.01)
+
+    @staticmethod
+    def _listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", PORT)) == 0
+
+    async def start_agent(self) -> None:
+        """Start the agent and wait until it has made its first pass."""
+        command = [sys.executable, "-m", "fleet_agent", "--config", str(self.agent_configuration)]
+        with (self.folder / "agent.log").open("a") as log:
+            self.agent = subprocess.Popen(command, cwd=PROJECT / "service/agent", stderr=log, text=True)
+        socket_path = self.folder / "run/gpufleet-agent/http.sock"
+        while not socket_path.exists():
+            assert self.agent.poll() is None, (self.folder / "agent.log").read_text()
+            await asyncio.sleep(0.01)
+
+    def kill_agent(self) -> None:
+        """Kill the agent as a fault would."""
+        assert self.agent is not None
+        self.agent.kill()
+        self.agent.wait()
+        self.agent = None
+
+    @property
+    def flagged(self) -> set[str]:
+        """Instances that the agent keeps out."""
+        return {path.name for path in (self.folder / "run/gpufleet-agent/down").iterdir()}
+
+    def reload(self) -> None:
+        """Let nginx take the configuration over again."""
+        self._process.send_signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        """Stop nginx and wait until it is gone."""
+        self._process.terminate()
+        self._process.communicate(timeout=10)
+
+    def drain(self, instance: str) -> Path:
+        """Raise an instance's drain flag and return its path."""
+        flag = self.folder / "var/lib/gpufleet-gateway/drain" / instance
+        flag.touch()
+        return flag
+
+    def log(self) -> list[str]:
+        """The lines of the service's access log."""
+        return (self.folder / "var/log/nginx/cosyvoice2_access.log").read_text().splitlines()
+
+
+@pytest.fixture
+def gateway(nginx_program: str) -> Iterator[Gateway]:
+    # A short path, because a socket's has 107 characters at most; one that nginx's workers, another user, can walk.
+    with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Gateway(nginx_program, Path(folder))
+
+
+class Cluster:
+    """A running gateway and its simulated GPUs."""
+
+    def __init__(self, gateway: Gateway, fleet: dict[str, Any]) -> None:
+        self.gateway, self.fleet = gateway, fleet
+        self.gpus = {i["id"]: SimulatedGpu(i["address"], i["port"]) for i in fleet["instances"]}
+
+    @property
+    def peak(self) -> int:
+        """Most requests that ever ran on one GPU at a time."""
+        return max(gpu.peak for gpu in self.gpus.values())
+
+    @property
+    def started(self) -> int:
+        """Requests that any GPU began to work on."""
+        return sum(gpu.started for gpu in self.gpus.values())
+
+    async def post(self, client: str = "127.0.0.1", path: str = "generate", timeout: float = 20, **request: Any) -> Any:
+        """Send one request from a client address; return the answer, or None after a hang-up by ``timeout``."""
+        transport = httpx.AsyncHTTPTransport(local_address=client)
+        async with httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False) as http:
+            with contextlib.suppress(httpx.ReadTimeout):
+                return await http.post(f"http://127.0.0.1:{PORT}{ROUTE}{path}", **{"content": b"{}", **request})
+        return None
+
+    async def ask(self, path: str) -> httpx.Response:
+        """Ask the gateway itself."""
+        async with httpx.AsyncClient(timeout=20, trust_env=False) as http:
+            return await http.get(f"http://127.0.0.1:{PORT}{path}")
+
+    async def burst(self, count: int, clients: int = 4, **request: Any) -> list[Any]:
+        """Send requests at once from several client addresses."""
+        posts = [self.post(client=f"127.0.0.{10 + number % clients}", **request) for number in range(count)]
+        return list(await asyncio.gather(*posts))
+
+
+@contextlib.asynccontextmanager
+async def running(gateway: Gateway, fleet: dict[str, Any], **variables: Any) -> AsyncIterator[Cluster]:
+    """Run a gateway and its GPUs for the length of a block."""
+    cluster = Cluster(gateway, fleet)
+    gateway.write(fleet, **variables)
+    for gpu in cluster.gpus.values():
+        await gpu.start()
+    gateway.start()
+    try:
+        yield cluster
+    finally:
+        if gateway.agent is not None:
+            gateway.kill_agent()
+        gateway.stop()
+        for gpu in cluster.gpus.values():
+            await gpu.stop()
