@@ -1,0 +1,187 @@
+# Copyright gpufleet contributors. Licensed under the Apache License 2.0.
+"""Filters for day two: which instances a target means, in which batches a rollout goes, and how it is told."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import parse_programs
+
+Entry = dict[str, Any]
+
+
+def target(fleet: Mapping[str, Any], wanted: str | None) -> list[Entry]:
+    """Return the instances that a target names: a host, host:GPU, an instance, a service, or several with commas.
+
+    :raises AnsibleFilterError: no target, or one that is nothing of the fleet; says what there is.
+    """
+    instances = fleet["instances"]
+    known: dict[str, list[Entry]] = {}
+    for instance in instances:
+        gpu = f"{instance['host']}:{instance['gpu']}"
+        for name in dict.fromkeys((instance["host"], gpu, instance["id"], instance["service"])):
+            known.setdefault(name, []).append(instance)
+    usage = "Name a host, host:GPU, an instance or a service with -e target=…, several with commas"
+    names = [name.strip() for name in str(wanted or "").split(",") if name.strip()]
+    if not names:
+        raise AnsibleFilterError(f"There is no target. {usage}.")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(known), n=1)
+        guess = f" Did you mean {close[0]}?" if close else ""
+        raise AnsibleFilterError(
+            f"The fleet has no {', '.join(unknown)}.{guess} {usage}. Hosts: {', '.join(sorted(fleet['hosts']))}; "
+            f"services: {', '.join(sorted(fleet['services']))}."
+        )
+    chosen = {instance["id"] for name in names for instance in known[name]}
+    return [instance for instance in instances if instance["id"] in chosen]
+
+
+def removable(fleet: Mapping[str, Any], host: str | None, groups: Mapping[str, Iterable[str]]) -> list[Entry]:
+    """Return the instances of a host that is to be removed; none where it has left the fleet already.
+
+    :raises AnsibleFilterError: no host, one that the inventory does not know, or the last one of some service.
+    """
+    if not host:
+        raise AnsibleFilterError("There is no target. Name the host to remove with -e target=….")
+    if host not in groups["all"]:
+        raise AnsibleFilterError(
+            f"The inventory has no host {host}, so it cannot be reached. Remove it from the fleet's groups only after "
+            f"this. Hosts of the fleet: {', '.join(sorted(fleet['hosts']))}."
+        )
+    leaving = [instance for instance in fleet["instances"] if instance["host"] == host]
+    left = {instance["service"] for instance in fleet["instances"] if instance["host"] != host}
+    bare = sorted({instance["service"] for instance in leaving} - left)
+    if bare:
+        raise AnsibleFilterError(f"{host} has the last GPUs of {', '.join(bare)}. Add others first.")
+    return leaving
+
+
+def batches(pending: Mapping[str, Iterable[Entry]], fleet: Mapping[str, Any], batch: Any = 1) -> list[list[Entry]]:
+    """Return what a rollout does one after the other, as lists of entries that go at a time.
+
+    First all that leaves, which nothing is sent to any more; then one instance alone, the canary; then the rest.
+
+    :param pending: by host what supervisor_programs reports as pending there.
+    :param batch: how many instances at a time: a number, or a percentage of the fleet's, at least one.
+    """
+    size = _batch_size(batch, len(fleet["instances"]))
+    entries = [
+        {
+            **entry,
+            "host": host,
+            "id": entry["instance"] or f"{entry['program']} on {host}",
+            "address": fleet["hosts"].get(host, {}).get("address", host),
+        }
+        for host in sorted(pending)
+        for entry in pending[host]
+    ]
+    leaving = [entry for entry in entries if entry["change"] == "leaving"]
+    others = [entry for entry in entries if entry["change"] != "leaving"]
+    rest = others[1:]
+    steps = [leaving, others[:1], *(rest[start : start + size] for start in range(0, len(rest), size))]
+    return [step for step in steps if step]
+
+
+def _batch_size(batch: Any, total: int) -> int:
+    text = str(batch).strip()
+    number = text[:-1] if text.endswith("%") else text
+    if not number.isdecimal() or int(number) < 1 or (text.endswith("%") and int(number) > 100):
+        raise AnsibleFilterError(
+            f"rollout_batch = {batch!r}: neither a number from 1 nor a percentage. Give for instance 2 or 25%."
+        )
+    return max(1, total * int(number) // 100) if text.endswith("%") else int(number)
+
+
+def outcomes(batch: Sequence[Entry], drained: Mapping[str, Any], results: Mapping[str, Any]) -> list[Entry]:
+    """Return for each entry of a batch what became of it, in the form of the audit log.
+
+    :param drained: result of the drain on all gateways.
+    :param results: by host the result of supervisor_programs; of a batch that was not drained they are older ones.
+    """
+    gateways = [one for one in drained.get("results", []) if isinstance(one, Mapping)]
+    waited = max((one.get("seconds", 0) for one in gateways), default=0)
+    told = []
+    for entry in batch:
+        result, seconds = results.get(entry["host"]) or {}, {}
+        if drained.get("failed") or drained.get("unreachable"):
+            problems = [str(one.get("msg")) for one in gateways if one.get("failed") or one.get("unreachable")]
+            outcome = f"not begun: {' '.join(problems) or drained.get('msg', 'the gateway did not answer')}"
+        elif result.get("unreachable") or result.get("failed"):
+            lines = str(result.get("msg", "no reason given")).splitlines()
+            own = next((line for line in lines if line.startswith(f"{entry['program']}: ")), lines[0])
+            outcome = f"failed: {own.removeprefix(entry['program'] + ': ')}"
+        else:
+            outcome, seconds = "ok", {"drain": waited, **result.get("seconds", {})}
+        told.append(
+            {
+                "what": "rollout",
+                "instance": entry["id"],
+                "change": entry["change"],
+                "from": entry["from"],
+                "to": entry["to"],
+                "result": outcome,
+                "seconds": seconds,
+            }
+        )
+    return told
+
+
+def report(done: Sequence[Entry], total: int, elapsed: float, recent: int | None = None) -> list[str]:
+    """Return the lines that tell people how far a rollout is.
+
+    :param done: outcomes so far.
+    :param total: instances that are to be rolled out.
+    :param elapsed: seconds since it began.
+    :param recent: tell only of so many last outcomes and how long the rest may take; else of all, as a table.
+    """
+    width = max((len(str(entry["instance"])) for entry in done), default=0)
+    rows = []
+    for entry in done[-recent:] if recent else done:
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in entry["seconds"].items())
+        versions = f"{entry['from'] or 'none'} -> {entry['to'] or 'none'}"
+        rows.append(
+            f"{entry['instance']:<{width}}  {entry['change']}  {versions}  {entry['result']}  {phases}".rstrip()
+        )
+    summary = f"{len(done)} of {total} after {elapsed:.0f} s"
+    if recent and len(done) < total:
+        summary += f", about {elapsed / len(done) * (total - len(done)):.0f} s to go"
+    failed = sum(entry["result"] != "ok" for entry in done)
+    if failed:
+        summary += (
+            f"; {failed} FAILED, the rest was left as it was. "
+            "Correct the cause and run site.yml again, or go back with playbooks/rollback.yml"
+        )
+    return [*rows, summary]
+
+
+def programs_on_release(text: str, releases: str, version: str) -> str:
+    """Return a file of programs in which those that run from a release below ``releases`` run from ``version``."""
+    programs = parse_programs(text, "gpufleet-")
+    sections = []
+    for program in programs.programs.values():
+        folder, _, running = program.options.get("directory", "").rpartition("/")
+        section = program.text
+        if folder == releases:
+            section = section.replace(f"{releases}/{running}", f"{releases}/{version}")
+            section = section.replace(f"SLOT_GUARD_VERSION='{running}'", f"SLOT_GUARD_VERSION='{version}'")
+        sections.append(section)
+    return programs.header + "".join(sections)
+
+
+class FilterModule:
+    """Filters ``gpufleet.core.*``."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Name the filters of this module."""
+        return {
+            "fleet_target": target,
+            "fleet_removable": removable,
+            "programs_on_release": programs_on_release,
+            "rollout_batches": batches,
+            "rollout_outcomes": outcomes,
+            "rollout_report": report,
+        }

@@ -1,0 +1,208 @@
+# Copyright gpufleet contributors. Licensed under the Apache License 2.0.
+"""What a rollout plans and tells, and what the verbs make of what hosts and gateway say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleFilterError
+from ansible_collections.gpufleet.core.plugins.filter.rollout import (
+    batches,
+    outcomes,
+    programs_on_release,
+    removable,
+    report,
+    target,
+)
+from ansible_collections.gpufleet.core.plugins.filter.verbs import doctor_document, status_document, status_lines
+
+from .test_supervisor_template import fleet as derived
+
+
+@pytest.fixture
+def fleet() -> dict[str, Any]:
+    """Two hosts with 2 and 8 GPUs."""
+    return derived({"gpu_count": 2})
+
+
+def entry(host: str, index: int, change: str = "changed", instance: str | None = "") -> dict[str, Any]:
+    known = f"tts-{host}-{index}" if instance == "" else instance
+    program, port = f"gpufleet-tts-{index}", 12321 + index
+    return {"program": program, "change": change, "instance": known, "port": port, "from": "1", "to": "2"}
+
+
+def ids(steps: list[list[dict[str, Any]]]) -> list[list[str]]:
+    return [[one["id"].removeprefix("tts-") for one in step] for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("gpu01", ["tts-gpu01-0", "tts-gpu01-1"]),
+        ("gpu02:7", ["tts-gpu02-7"]),
+        ("tts-gpu02-3", ["tts-gpu02-3"]),
+        (" gpu02:7, gpu01:0,gpu02:7", ["tts-gpu01-0", "tts-gpu02-7"]),
+    ],
+)
+def test_a_target_is_a_host_a_card_an_instance_or_several(fleet: dict[str, Any], wanted: str, names: list[str]) -> None:
+    assert [instance["id"] for instance in target(fleet, wanted)] == names
+    assert len(target(fleet, "tts")) == 10
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("", "There is no target. Name a host, host:GPU, an instance or a service with -e target="),
+        (None, "There is no target."),
+        ("gpu1", "The fleet has no gpu1. Did you mean gpu0"),
+        ("gpu01,all", "The fleet has no all. Name a host"),
+        ("gpu01:2", "Hosts: gpu01, gpu02; services: tts."),
+    ],
+)
+def test_no_target_and_an_unknown_one_are_refused(fleet: dict[str, Any], wanted: str | None, said: str) -> None:
+    with pytest.raises(AnsibleFilterError) as refused:
+        target(fleet, wanted)
+    assert said in str(refused.value)
+
+
+def test_a_host_is_removed_only_where_others_serve_on(fleet: dict[str, Any]) -> None:
+    groups = {"all": ["gpu01", "gpu02", "old"]}
+    assert [instance["id"] for instance in removable(fleet, "gpu01", groups)] == ["tts-gpu01-0", "tts-gpu01-1"]
+    assert removable(fleet, "old", groups) == []
+    alone = {**fleet, "instances": [one for one in fleet["instances"] if one["host"] == "gpu01"]}
+    for arguments, said in (
+        ((fleet, None), "There is no target"),
+        ((fleet, "gpu1"), "The inventory has no host gpu1"),
+        ((alone, "gpu01"), "gpu01 has the last GPUs of tts"),
+    ):
+        with pytest.raises(AnsibleFilterError, match=said):
+            removable(*arguments, groups)
+
+
+def test_what_leaves_goes_first_then_the_canary_alone_then_the_rest(fleet: dict[str, Any]) -> None:
+    pending = {
+        "gpu02": [entry("gpu02", index) for index in range(3)],
+        "gpu01": [entry("gpu01", 0), entry("gpu01", 1, "leaving")],
+    }
+    assert ids(batches(pending, fleet)) == [["gpu01-1"], ["gpu01-0"], ["gpu02-0"], ["gpu02-1"], ["gpu02-2"]]
+    assert ids(batches(pending, fleet, 2)) == [["gpu01-1"], ["gpu01-0"], ["gpu02-0", "gpu02-1"], ["gpu02-2"]]
+    assert batches(pending, fleet)[1][0]["address"] == "10.0.0.1"
+    assert batches({"gpu01": []}, fleet) == []
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), ("3", 3), ("20%", 2), ("29%", 2), ("1%", 1), ("100%", 7)])
+def test_a_batch_is_a_number_or_a_percentage_of_the_fleet(fleet: dict[str, Any], batch: Any, size: int) -> None:
+    steps = batches({"gpu02": [entry("gpu02", index) for index in range(8)]}, fleet, batch)
+    assert len(steps[0]) == 1
+    assert max(len(step) for step in steps) == size
+    assert sum(len(step) for step in steps) == 8
+
+
+@pytest.mark.parametrize("batch", [0, -1, "half", "0%", "101%", "", None, 1.5])
+def test_other_batches_are_refused(fleet: dict[str, Any], batch: Any) -> None:
+    with pytest.raises(AnsibleFilterError, match="rollout_batch"):
+        batches({}, fleet, batch)
+
+
+def test_a_program_that_only_supervisord_knows_has_a_name_for_people(fleet: dict[str, Any]) -> None:
+    (step,) = batches({"gpu01": [entry("gpu01", 5, "leaving", None)]}, fleet)
+    assert (step[0]["id"], step[0]["instance"]) == ("gpufleet-tts-5 on gpu01", None)
+
+
+def test_outcomes_say_why_and_what_it_took(fleet: dict[str, Any]) -> None:
+    (step,) = batches({"gpu01": [entry("gpu01", 0)]}, fleet)
+    drained = {"results": [{"seconds": 3.1}]}
+    (good,) = outcomes(step, drained, {"gpu01": {"seconds": {"stop": 0.4, "ready": 5.0}}})
+    assert (good["result"], good["seconds"]) == ("ok", {"drain": 3.1, "stop": 0.4, "ready": 5.0})
+    message = "gpufleet-tts-0: Put back on its previous settings, it runs. It failed: EXITED\nLast lines of x:\n  boom"
+    (bad,) = outcomes(step, drained, {"gpu01": {"failed": True, "msg": message}})
+    assert bad["result"] == "failed: Put back on its previous settings, it runs. It failed: EXITED"
+    (dead,) = outcomes(step, drained, {"gpu01": {"unreachable": True, "msg": "no route"}})
+    assert dead["result"] == "failed: no route"
+    busy = {"failed": True, "results": [{"failed": True, "msg": "Still at work"}]}
+    (early,) = outcomes(step, busy, {"gpu01": {"pending": []}})
+    assert early["result"] == "not begun: Still at work"
+
+
+def test_progress_tells_the_last_batch_and_the_time_to_go_and_the_end_tells_all(fleet: dict[str, Any]) -> None:
+    step = batches({"gpu02": [entry("gpu02", 0), entry("gpu02", 1)]}, fleet, 2)
+    results = {"gpu02": {"seconds": {"stop": 0.4, "ready": 5.0}}}
+    done = [one for batch in step for one in outcomes(batch, {"results": [{"seconds": 3.0}]}, results)]
+    assert report(done[:1], 4, 9, 1) == [
+        "tts-gpu02-0  changed  1 -> 2  ok  drain 3.0 s, stop 0.4 s, ready 5.0 s",
+        "1 of 4 after 9 s, about 27 s to go",
+    ]
+    failed = [*done, {**done[0], "result": "failed: boom", "seconds": {}}]
+    lines = report(failed, 4, 20)
+    assert len(lines) == 4
+    assert lines[-1].startswith("3 of 4 after 20 s; 1 FAILED, the rest was left as it was. Correct the cause and")
+
+
+def test_going_back_changes_release_and_version_of_that_service_alone() -> None:
+    def section(name: str, service: str, version: str) -> str:
+        return (
+            f"[program:gpufleet-{name}]\ncommand = x {version}\n"
+            f"directory = /opt/gpufleet/{service}/releases/{version}\n"
+            f"environment = A='{version}',SLOT_GUARD_VERSION='{version}'\n"
+        )
+
+    text = "# head\n" + section("a-0", "a", "new") + section("a-1", "a", "old") + section("b-0", "b", "new")
+    back = programs_on_release(text, "/opt/gpufleet/a/releases", "old")
+    expected = section("a-0", "a", "old").replace("x old", "x new").replace("A='old'", "A='new'")
+    assert back == "# head\n" + expected + section("a-1", "a", "old") + section("b-0", "b", "new")
+
+
+def page(instances: list[dict[str, Any]], status: str = "healthy") -> dict[str, Any]:
+    return {"content": json.dumps({"status": status, "instances": instances})}
+
+
+def seen(fleet: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of doctor_document for a fleet in which all is well."""
+    programs: dict[str, str] = {}
+    for one in fleet["instances"]:
+        programs[one["host"]] = programs.get(one["host"], "") + f"{one['program']}   RUNNING   pid 7, uptime 0:01:00\n"
+    names = [one["id"] for one in fleet["instances"]]
+    return {
+        "programs": programs,
+        "answers": {name: {"status": {"state": "ready"}, "problem": "", "smoke": ""} for name in names},
+        "configuration": "server_name _;\n" + "".join(f"        server_name {name};\n" for name in names),
+        "page": page([{"id": name, "state": "ready"} for name in names]),
+    }
+
+
+def test_a_fleet_in_which_all_agree_is_well(fleet: dict[str, Any]) -> None:
+    document = doctor_document(fleet, **seen(fleet))
+    assert (document["ok"], document["faults"], len(document["instances"])) == (True, [], 10)
+
+
+def test_each_disagreement_is_named(fleet: dict[str, Any]) -> None:
+    found = seen(fleet)
+    found["programs"]["gpu01"] = (
+        "gpufleet-tts-0  BACKOFF  Exited\ngpufleet-old-0  RUNNING  pid 1\nother  RUNNING  pid 2\n"
+    )
+    del found["programs"]["gpu02"]
+    found["answers"]["tts-gpu01-0"]["problem"] = "refused"
+    found["configuration"] = found["configuration"].replace("tts-gpu01-1", "tts-gpu09-0")
+    found["page"] = page([{"id": "tts-gpu01-0", "state": "down", "reason": "refused"}, {"id": "tts-gpu08-0"}])
+    document = doctor_document(fleet, **found)
+    assert not document["ok"]
+    faults = "\n".join(document["faults"])
+    assert (
+        "tts-gpu01-0: program gpufleet-tts-0 on gpu01 is BACKOFF; the gateway gets no good answer: refused; "
+        "the page has it as down: refused\n"
+        "tts-gpu01-1: program gpufleet-tts-1 on gpu01 is missing; it is not in the gateway's nginx configuration"
+    ) in faults
+    assert "tts-gpu02-0: program gpufleet-tts-0 on gpu02 is unknown, its host cannot be asked" in faults
+    assert "tts-gpu09-0: nobody expects it, and the gateway routes to it" in faults
+    assert "tts-gpu08-0: nobody expects it, and it is on the page" in faults
+    assert "gpufleet-old-0 on gpu01: nobody expects it, and it is RUNNING" in faults
+    assert "other" not in faults
+
+
+def test_an_agent_that_does_not_answer_is_a_fault() -> None:
+    for silent in ({"msg": "Connection refused"}, {"content": "<html>"}, {"content": '{"error": {}}'}):
+        document = status_document(silent)
+        assert not document["ok"]
+        assert status_lines(document)[0].startswith("the agent does not tell the state of the cluster")
