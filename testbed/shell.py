@@ -1,0 +1,72 @@
+"""Running commands, installing the Debian packages that bring them, and packing files to hand over."""
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class CommandFailed(RuntimeError):
+    """A command ended with another status than 0; the message carries what it said."""
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment with the folders of daemons on the search path: plain `su` leaves them out."""
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"}
+
+
+def run(*command: str, send: bytes = b"", seconds: float = 300) -> str:
+    """Run `command` with `send` as its standard input and return what it printed; raise CommandFailed on failure."""
+    try:
+        done = subprocess.run(command, input=send, capture_output=True, env=environment(), timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CommandFailed(f"{' '.join(command)}: {error}") from error
+    if done.returncode != 0:
+        said = (done.stderr + done.stdout).decode(errors="replace").strip()
+        raise CommandFailed(f"{' '.join(command)} ended with status {done.returncode}:\n{said}")
+    return done.stdout.decode(errors="replace")
+
+
+def provide(packages: Mapping[str, str]) -> None:
+    """Install the Debian packages whose commands are missing: `packages` maps a command to the package bringing it."""
+    path = environment()["PATH"]
+    missing = sorted({package for command, package in packages.items() if not shutil.which(command, path=path)})
+    if not missing:
+        return
+    print(f"installing {', '.join(missing)}", flush=True)
+    _apt("update")
+    _apt("install", "--yes", "--no-install-recommends", *missing)
+
+
+def unpack(package: str, folder: Path) -> None:
+    """Unpack a Debian package below `folder`: its programs can be run, but no service is installed or started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        _apt("update")
+        _apt("download", package, folder=scratch)
+        run("dpkg-deb", "--extract", *map(str, Path(scratch).glob("*.deb")), str(folder))
+
+
+def _apt(*arguments: str, folder: str = ".") -> None:
+    options = ("--quiet=2", "--option=DPkg::Lock::Timeout=120", "--option=Acquire::Retries=3")
+    command = ("apt-get", *options, "--option=APT::Sandbox::User=root", *arguments)
+    run("env", f"--chdir={folder}", "DEBIAN_FRONTEND=noninteractive", *command, seconds=600)
+
+
+def tar(files: Mapping[str, bytes], modes: Mapping[str, int] | None = None) -> bytes:
+    """Return a tar archive of `files` (path without its first slash: content), owned by root.
+
+    Files have mode 0644 or what `modes` says. No time of day goes in: the same input gives the same bytes.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            member.mode = (modes or {}).get(path, 0o644)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
