@@ -1,0 +1,125 @@
+"""Fixtures for asking a running fleet, the one of `--ansible-inventory`.
+
+A test that takes `instance`, `gpu_host` or `gateway` runs once for each of them.
+"""
+
+import functools
+import ipaddress
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra
+from testinfra.host import Host
+
+from testbed.fleet import Description, describe
+from testbed.shell import provide, run
+
+from .ledger import Event, parse
+
+DESCRIPTION = pytest.StashKey[Description]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    inventory = config.getoption("ansible_inventory")
+    if not inventory:
+        raise pytest.UsageError("tests/fleet asks a running fleet: name its inventory with --ansible-inventory")
+    config.stash[DESCRIPTION] = describe(Path(inventory))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    fleet = metafunc.config.stash[DESCRIPTION].fleet
+    for name, parameters, key in (
+        ("instance", fleet["instances"], "id"),
+        ("gpu_host", [{"name": name, **host} for name, host in fleet["hosts"].items()], "name"),
+        ("gateway", fleet["gateways"], "host"),
+    ):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, parameters, ids=[parameter[key] for parameter in parameters])
+
+
+@pytest.fixture(scope="session")
+def description(pytestconfig: pytest.Config) -> Description:
+    return pytestconfig.stash[DESCRIPTION]
+
+
+@pytest.fixture(scope="session")
+def fleet(description: Description) -> dict[str, Any]:
+    """The variable `fleet` of the plays."""
+    return description.fleet
+
+
+@pytest.fixture(scope="session")
+def service(fleet: dict[str, Any]) -> dict[str, Any]:
+    """The service whose engine takes a known time and keeps a ledger."""
+    return next(given for given in fleet["services"].values() if given["environment"]["TTS_ENGINE"] == "simulated")
+
+
+@pytest.fixture(scope="session")
+def on(description: Description) -> Iterator[Callable[[str], Host]]:
+    """`on("gpu01")` is that host over ssh, with the access that Ansible has."""
+    # In /tmp for its short name: a socket's path has 107 characters at most.
+    with tempfile.TemporaryDirectory(prefix="gpufleet-", dir="/tmp") as sockets:
+
+        @functools.cache
+        def host(name: str) -> Host:
+            access = description.access[name]
+            user = f"{access.user}@" if access.user else ""
+            return testinfra.get_host(
+                f"ssh://{user}{access.address or name}",
+                ssh_identity_file=access.key or None,
+                ssh_extra_args=access.options or None,
+                controlpath=f"{sockets}/{name}",
+            )
+
+        yield host
+
+
+@pytest.fixture(scope="session")
+def url(fleet: dict[str, Any]) -> Callable[..., str]:
+    """`url("audio-generate")` is that path of the first service at the gateway; `url("", service=NAME)` of another."""
+
+    def of(path: str, service: str = next(iter(fleet["services"]))) -> str:
+        address = fleet["gateways"][0]["address"]
+        return f"http://{address}:{fleet['port']}{fleet['services'][service]['route']}{path}"
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def client_addresses(fleet: dict[str, Any]) -> Iterator[list[str]]:
+    """Twenty addresses of this machine from which the gateway sees as many clients."""
+    provide({"ip": "iproute2"})
+    gateway = fleet["gateways"][0]["address"]
+    # The bridge of the test bed's network; its hosts are numbered from the bottom.
+    (route,) = json.loads(run("ip", "-json", "route", "get", gateway))
+    network = ipaddress.ip_network(f"{gateway}/24", strict=False)
+    addresses = [str(network[200 + number]) for number in range(20)]
+    for address in addresses:
+        run("ip", "address", "replace", f"{address}/32", "dev", route["dev"])
+    yield addresses
+    for address in addresses:
+        run("ip", "address", "delete", f"{address}/32", "dev", route["dev"])
+
+
+@pytest.fixture
+def ledger(fleet: dict[str, Any], on: Callable[[str], Host]) -> Iterator[Callable[[], list[Event]]]:
+    """`ledger()` is what ran on all cards since the test began. The last event of a request is there when it has been
+    answered; after hang-ups wait for the work to end."""
+    files = {service["environment"].get("TTS_LEDGER") for service in fleet["services"].values()} - {None}
+    assert files, "no service of this inventory keeps a ledger"
+    command = f"cat {' '.join(sorted(files))}"
+
+    def read() -> list[str]:
+        def lines(host: str) -> list[str]:
+            return on(host).run(command).stdout.splitlines()
+
+        with ThreadPoolExecutor() as pool:
+            return [line for found in pool.map(lines, fleet["hosts"]) for line in found]
+
+    before = set(read())
+    return lambda: parse(line for line in read() if line not in before)

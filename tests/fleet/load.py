@@ -1,0 +1,106 @@
+"""Many requests at once, each from a client address of its own choice."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client got: `status` is None where it hung up. Times are seconds since all began."""
+
+    client: str
+    status: int | None
+    headers: Mapping[str, str]
+    body: bytes
+    began: float
+    ended: float
+
+    @property
+    def request(self) -> str:
+        """The id that the gateway gave the request, for looking it up in logs and ledger."""
+        return self.headers["X-Request-ID"]
+
+    @property
+    def seconds(self) -> float:
+        """How long the client waited."""
+        return self.ended - self.began
+
+
+def post_at_once(
+    url: str,
+    clients: Sequence[str],
+    json: Mapping[str, Any],
+    *,
+    hang_up_after: float | None = None,
+    seconds: float = 60,
+) -> list[Answer]:
+    """Post `json` once for each entry of `clients` (addresses of this machine; repeat one to ask twice), all at once.
+
+    Each request has a connection of its own. Those without an answer after `hang_up_after` seconds are closed;
+    `seconds` is how long the test waits at most.
+    """
+    return asyncio.run(_post_at_once(url, clients, json, hang_up_after, seconds))
+
+
+async def _post_at_once(
+    url: str, clients: Sequence[str], json: Mapping[str, Any], hang_up_after: float | None, seconds: float
+) -> list[Answer]:
+    start = asyncio.Event()
+    zero = time.monotonic()
+
+    async def post(client: str) -> Answer:
+        transport = httpx.AsyncHTTPTransport(local_address=client)
+        async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=seconds) as session:
+            await start.wait()
+            began = time.monotonic() - zero
+            status, headers, body = None, httpx.Headers(), b""
+            try:
+                async with asyncio.timeout(hang_up_after):
+                    answer = await session.post(url, json=json)
+                    status, headers, body = answer.status_code, answer.headers, answer.content
+            except TimeoutError:
+                pass
+            return Answer(client, status, headers, body, began, time.monotonic() - zero)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(post(client)) for client in clients]
+        # All clients are made before the first one asks: making one takes longer than an answer.
+        await asyncio.sleep(0.1)
+        start.set()
+    return [task.result() for task in tasks]
+
+
+class SteadyLoad:
+    """Clients that ask one after the other for the length of a `with` block; `answers` is all that they got."""
+
+    def __init__(self, url: str, clients: Sequence[str], json: Mapping[str, Any], *, pause: float = 0.1) -> None:
+        self.answers: list[Answer] = []
+        self._url, self._clients, self._json, self._pause = url, clients, json, pause
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> "SteadyLoad":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let every client end its request; none is given up."""
+        self._stop.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for client in self._clients:
+                group.create_task(self._ask_on(client))
+
+    async def _ask_on(self, client: str) -> None:
+        while not self._stop.is_set():
+            (answer,) = await _post_at_once(self._url, [client], self._json, None, 60)
+            self.answers.append(answer)
+            await asyncio.sleep(self._pause)

@@ -1,0 +1,117 @@
+"""The promise: every slot is used and none is exceeded, counted on the GPU side, whatever happens in front of it."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+from .ledger import peaks, runs
+from .load import Answer, post_at_once
+
+MESSAGE = "Over the concurrency limit, please retry later / 超出并发限制,服务器过载,请稍后重试"
+HANG_UP_SECONDS = 0.5
+
+
+@pytest.fixture(scope="module")
+def slots(fleet: dict[str, Any], service: dict[str, Any]) -> dict[str, int]:
+    """Slots of the service's instances by id."""
+    return {one["id"]: one["slots"] for one in fleet["instances"] if one["service"] == service["name"]}
+
+
+@pytest.fixture
+def ask(url: Callable[..., str], service: dict[str, Any], client_addresses: list[str]) -> Callable[..., list[Answer]]:
+    """`ask(20)` asks at once from as many clients; `ask(20, clients=1)` from one."""
+
+    def post(count: int, clients: int = 20, **how: Any) -> list[Answer]:
+        chosen = [client_addresses[number % clients] for number in range(count)]
+        return post_at_once(url("audio-generate", service=service["name"]), chosen, {"text": "并发"}, **how)
+
+    return post
+
+
+def statuses(answers: list[Answer]) -> Counter[int | None]:
+    return Counter(answer.status for answer in answers)
+
+
+def ids_served(answers: list[Answer]) -> Counter[str]:
+    return Counter(answer.request for answer in answers if answer.status == 200)
+
+
+def test_a_burst_is_served_up_to_the_last_slot(
+    ask: Callable[..., list[Answer]], service: dict[str, Any], slots: dict[str, int], ledger: Callable[[], list[Any]]
+) -> None:
+    capacity = service["capacity"]
+    answers = ask(capacity + 8)
+    assert statuses(answers) == {200: capacity, 503: 8}
+    assert peaks(ledger()) == slots
+    assert runs(ledger()) == ids_served(answers)
+
+
+def test_the_refused_are_told_at_once_in_both_languages(
+    ask: Callable[..., list[Answer]], service: dict[str, Any]
+) -> None:
+    refused = [answer for answer in ask(service["capacity"] + 8) if answer.status == 503]
+    assert len(refused) == 8
+    for answer in refused:
+        assert answer.seconds < 1
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.headers["Content-Type"] == "application/json"
+        assert MESSAGE in answer.body.decode()
+
+
+def test_a_single_client_gets_its_own_limit(
+    ask: Callable[..., list[Answer]], service: dict[str, Any], ledger: Callable[[], list[Any]]
+) -> None:
+    answers = ask(20, clients=1)
+    assert statuses(answers) == {200: service["client_limit"], 503: 20 - service["client_limit"]}
+    assert runs(ledger()) == ids_served(answers)
+
+
+def test_a_reload_under_load_admits_nothing_more(
+    ask: Callable[..., list[Answer]],
+    service: dict[str, Any],
+    slots: dict[str, int],
+    ledger: Callable[[], list[Any]],
+    gateway: dict[str, Any],
+    on: Callable[[str], Host],
+) -> None:
+    capacity = service["capacity"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, capacity)
+        time.sleep(0.5)
+        assert on(gateway["host"]).run("systemctl reload nginx").rc == 0
+        second = ask(capacity)
+        assert statuses(first.result()) == {200: capacity}
+    assert statuses(second) == {503: capacity}
+    assert peaks(ledger()) == slots
+
+
+def test_clients_that_hang_up_free_no_card_that_still_works(
+    ask: Callable[..., list[Answer]], service: dict[str, Any], slots: dict[str, int], ledger: Callable[[], list[Any]]
+) -> None:
+    capacity = service["capacity"]
+    assert statuses(ask(capacity, hang_up_after=HANG_UP_SECONDS)) == {None: capacity}
+    assert statuses(ask(capacity)) == {503: capacity}
+    time.sleep(float(service["environment"]["TTS_SIMULATED_SECONDS"]))
+    assert statuses(ask(capacity)) == {200: capacity}
+    assert peaks(ledger()) == slots
+    assert sum(runs(ledger()).values()) == 2 * capacity
+    assert set(runs(ledger()).values()) == {1}
+
+
+def test_the_access_log_names_client_card_and_times(
+    ask: Callable[..., list[Answer]],
+    client_addresses: list[str],
+    service: dict[str, Any],
+    gateway: dict[str, Any],
+    on: Callable[[str], Host],
+) -> None:
+    (answer,) = ask(1)
+    line = on(gateway["host"]).run("grep -F %s /var/log/nginx/%s_access.log", answer.request, service["name"]).stdout
+    assert line.startswith(client_addresses[0])
+    for part in (f"/{service['name']}-gpu", "upstream_status=200", "request_time=", "connections_active="):
+        assert part in line
