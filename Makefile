@@ -11,11 +11,11 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 # The controller's environment: a copy of the lock lies in it when it is whole.
 VENV := .venv/requirements.txt
-LAYERS := lint unit templates molecule-default molecule-mixed
+LAYERS := lint unit templates molecule-default molecule-mixed molecule-day2
 
 .PHONY: help
 help: ## List these targets
-	@sed -nE 's/^([a-z -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 36
+	@sed -nE 's/^([a-z0-9 -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 48
 
 ##### Demo
 
@@ -60,8 +60,8 @@ unit: $(VENV) ## Layer 2: Python, refused inventories, modules
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
 	pytest --quiet tests/templates
 
-.PHONY: molecule-default molecule-mixed
-molecule-default molecule-mixed: molecule-%: envs ## Layers 4 and 5: real hosts, from bare to serving and gone again
+.PHONY: molecule-default molecule-mixed molecule-day2
+molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
 ##### The controller's own environment

@@ -55,7 +55,8 @@ async def _post_at_once(
     zero = time.monotonic()
 
     async def post(client: str) -> Answer:
-        transport = httpx.AsyncHTTPTransport(local_address=client)
+        # Not verifying what is no TLS spares loading the machine's certificates for every request.
+        transport = httpx.AsyncHTTPTransport(local_address=client, verify=False)
         async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=seconds) as session:
             await start.wait()
             began = time.monotonic() - zero

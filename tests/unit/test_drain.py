@@ -253,6 +253,18 @@ def test_an_audit_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> No
     assert warning.startswith("The audit log could not be written: [Errno 21]")
 
 
+def test_the_drains_of_what_left_the_fleet_are_forgotten(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run(None, None, None)
+    assert run(None, state="forgotten", check=True)["flags"] == ["b", "c"]
+    assert run(None, state="forgotten")["flags"] == ["b", "c"]
+    assert [flag.name for flag in (tmp_path / "drain").iterdir()] == ["a"]
+    assert not run(None, state="forgotten")["changed"]
+    assert [(line["what"], line["instance"]) for line in audit(tmp_path)[3:]] == [
+        ("forget the drain", "b"),
+        ("forget the drain", "c"),
+    ]
+
+
 def test_check_mode_says_what_would_be_and_touches_nothing(
     run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
 ) -> None:

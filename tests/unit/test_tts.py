@@ -252,6 +252,18 @@ def test_the_simulated_engine_takes_its_time(monkeypatch):
         assert len(answer.content) == 44 + 2 * 16000 // 5
 
 
+def test_a_simulated_card_fails_while_it_has_a_fault(monkeypatch, tmp_path):
+    monkeypatch.setenv("TTS_SIMULATED_SECONDS", "0")
+    monkeypatch.setenv("TTS_SIMULATED_FAULTS", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    app = create_app(Settings(), load_engine("simulated"))
+    for fault, status in (("0", 200), ("1", 500)):
+        (tmp_path / fault).touch()
+        assert post(app, {"text": "hi"}).status_code == status
+    (tmp_path / "1").unlink()
+    assert post(app, {"text": "hi"}).status_code == 200
+
+
 def test_the_ledger_sees_every_inference(parrot, tmp_path):
     ledger = tmp_path / "ledger"
     app = create_app(Settings(ledger=str(ledger), instance="tts-gpu01-0"), parrot)

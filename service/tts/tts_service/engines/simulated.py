@@ -7,6 +7,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from tts_service.engines import Utterance
 
@@ -17,7 +18,8 @@ PIECES = 10
 class Simulated:
     """Sleeps TTS_SIMULATED_SECONDS (default 1) per utterance and gives a tone of the same length.
 
-    Loading takes TTS_SIMULATED_LOAD_SECONDS (default 0).
+    Loading takes TTS_SIMULATED_LOAD_SECONDS (default 0). While the folder TTS_SIMULATED_FAULTS (default none) has a
+    file named like the card, every utterance fails at once, as on a card that has fallen off the bus.
     """
 
     sample_rate = 16000
@@ -25,10 +27,14 @@ class Simulated:
     def __init__(self) -> None:
         """Sleep as a model would load."""
         self.seconds = float(os.environ.get("TTS_SIMULATED_SECONDS", "1"))
+        faults = os.environ.get("TTS_SIMULATED_FAULTS")
+        self.fault = Path(faults, os.environ.get("CUDA_VISIBLE_DEVICES", "")) if faults else None
         time.sleep(float(os.environ.get("TTS_SIMULATED_LOAD_SECONDS", "0")))
 
     def speak(self, utterance: Utterance) -> Iterator[bytes]:
         """Give the tone, in equal pieces when streamed."""
+        if self.fault and self.fault.exists():
+            raise RuntimeError(f"CUDA error: {self.fault} says that the simulated GPU has a fault")
         pieces = PIECES if utterance.stream else 1
         tone = self._tone(self.seconds / pieces)
         for _ in range(pieces):

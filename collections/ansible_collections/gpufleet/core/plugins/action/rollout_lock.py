@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import socket
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.plugins.action import ActionBase
+from ansible_collections.gpufleet.core.plugins.plugin_utils.actor import actor
 
 MODULE = "gpufleet.core.rollout_lock"
 
@@ -31,9 +31,8 @@ def start_of(pid: int) -> str | None:
 
 def this_run() -> dict[str, Any]:
     """Return the holder that this run is. The plugin runs in a worker: ansible-playbook is its parent."""
-    pid, host = os.getppid(), socket.gethostname()
-    user = os.environ.get("SUDO_USER") or getpass.getuser()
-    return {"by": f"{user}@{host}", "controller": host, "pid": pid, "started": start_of(pid)}
+    pid = os.getppid()
+    return {"by": actor(), "controller": socket.gethostname(), "pid": pid, "started": start_of(pid)}
 
 
 def has_ended(holder: Mapping[str, Any], controller: str) -> bool:

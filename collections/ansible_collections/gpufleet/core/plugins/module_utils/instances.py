@@ -16,6 +16,8 @@ from typing import Any
 CONNECT_SECONDS = 1.0
 #: Beyond the connection, until an event loop that its app holds is told from one that answers.
 ANSWER_SECONDS = 2.0
+#: X-Request-ID of a smoke request, the guard's own included: in what a service writes down it tells it from a client's.
+SMOKE_REQUEST_ID = "smoke"
 #: Of an answer that is shown to people.
 SHOWN_BYTES = 2000
 
@@ -61,13 +63,14 @@ class Instance:
 
     def try_out(self, request: Mapping[str, Any], timeout: float) -> str:
         """Send it a smoke request (``path``, ``body``, ``content_type``); return what is wrong, or an empty text."""
-        body, kind = str(request.get("body") or ""), request.get("content_type") or "application/json"
+        body, headers = str(request.get("body") or ""), {"X-Request-ID": SMOKE_REQUEST_ID}
         connection = http.client.HTTPConnection(self.address.strip("[]"), self.port, timeout=timeout)
         try:
             if body:
-                connection.request("POST", request["path"], body.encode(), {"Content-Type": kind})
+                headers["Content-Type"] = request.get("content_type") or "application/json"
+                connection.request("POST", request["path"], body.encode(), headers)
             else:
-                connection.request("GET", request["path"])
+                connection.request("GET", request["path"], headers=headers)
             response = connection.getresponse()
             answered = response.read()
         except (OSError, http.client.HTTPException) as error:

@@ -24,11 +24,12 @@ from ansible_collections.gpufleet.core.plugins.module_utils.instances import Ins
 
 DOCUMENTATION = r"""
 module: drain
-short_description: Drain instances at the gateway, or let them serve again
+short_description: Drain instances at the gateway, let them serve again, or forget what left
 description:
   - Runs on a gateway. Raises a flag file per instance, which nginx honours with the next request, without a reload and
     across reboots; then waits until each instance itself says that it works on nothing.
   - A flag says who raised it. A rollout neither takes over nor lifts the flag of an operator.
+  - Forgets the drains of what left the fleet, so that it serves again should it come back.
 options:
   instances:
     description:
@@ -38,9 +39,11 @@ options:
     elements: dict
     required: true
   state:
-    description: V(drained) raises the flags and waits, V(serving) lifts them.
+    description:
+      - V(drained) raises the flags and waits, V(serving) lifts them.
+      - V(forgotten) lifts all but those of O(instances), whoever raised them.
     type: str
-    choices: [drained, serving]
+    choices: [drained, serving, forgotten]
     required: true
   owner:
     description:
@@ -51,9 +54,8 @@ options:
     choices: [operator, rollout]
     default: operator
   by:
-    description: Who does it, for the flag and the audit log.
+    description: Who does it, for the flag and the audit log. Filled in by the action plugin - who runs the playbook.
     type: str
-    required: true
   reason:
     description: Why, for whoever finds the flag.
     type: str
@@ -86,7 +88,6 @@ EXAMPLES = r"""
   gpufleet.core.drain:
     instances: [{id: cosyvoice2-gpu02-1, address: 192.168.1.11, port: 12322}]
     state: drained
-    by: alice@controller
 """
 
 RETURN = r"""
@@ -258,9 +259,28 @@ def serving(
     return {"flags": [one.id for one in lifted], "silent": {}, "busy": {}, "kept": {**kept, **not_ready}}
 
 
+def forgotten(gateway: Gateway, instances: list[Instance], check: bool) -> dict[str, Any]:
+    """Lift the flags of what is none of the instances; return the module's result."""
+    known = {instance.id for instance in instances}
+    flags = gateway.directory / "drain"
+    left = sorted(flag.name for flag in flags.iterdir() if flag.name not in known) if flags.is_dir() else []
+    if not check:
+        for name in left:
+            gateway.lift(Instance(name))
+    return {"flags": left, "silent": {}, "busy": {}, "kept": {}}
+
+
+#: What a change of flags is called in the audit log, and between which states it leads.
+AUDIT = {
+    "drained": ("drain", "serving", "drained"),
+    "serving": ("undrain", "drained", "serving"),
+    "forgotten": ("forget the drain", "drained", None),
+}
+
+
 def audit_lines(state: str, result: Mapping[str, Any], reason: str) -> list[Record]:
     """Return a line for the audit log for each flag that was raised or lifted."""
-    before = "serving" if state == "drained" else "drained"
+    what, before, after = AUDIT[state]
 
     def outcome(name: str) -> str:
         if name in result["busy"]:
@@ -269,10 +289,10 @@ def audit_lines(state: str, result: Mapping[str, Any], reason: str) -> list[Reco
 
     return [
         {
-            "what": "drain" if state == "drained" else "undrain",
+            "what": what,
             "instance": name,
             "from": before,
-            "to": state,
+            "to": after,
             "result": outcome(name),
             "reason": reason,
         }
@@ -293,6 +313,8 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
     gateway = Gateway(Path(parameters["directory"]), parameters["owner"], parameters["by"], parameters["reason"])
     if parameters["state"] == "drained":
         result = drained(gateway, instances, parameters["timeout"], check)
+    elif parameters["state"] == "forgotten":
+        result = forgotten(gateway, instances, check)
     else:
         down = Path(parameters["down_directory"]) if parameters["down_directory"] else None
         result = serving(gateway, instances, parameters["require_ready"], down, check)
@@ -321,9 +343,9 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "instances": {"type": "list", "elements": "dict", "required": True},
-            "state": {"type": "str", "choices": ["drained", "serving"], "required": True},
+            "state": {"type": "str", "choices": ["drained", "serving", "forgotten"], "required": True},
             "owner": {"type": "str", "choices": ["operator", "rollout"], "default": "operator"},
-            "by": {"type": "str", "required": True},
+            "by": {"type": "str"},
             "reason": {"type": "str", "default": ""},
             "require_ready": {"type": "float", "default": 0},
             "down_directory": {"type": "path"},

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from .ledger import peaks, runs
-from .load import Answer, post_at_once
+from ..ledger import peaks, runs
+from ..load import Answer, post_at_once
 
 MESSAGE = "Over the concurrency limit, please retry later / 超出并发限制,服务器过载,请稍后重试"
 HANG_UP_SECONDS = 0.5

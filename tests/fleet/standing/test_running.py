@@ -8,8 +8,8 @@ from testinfra.host import Host
 
 from testbed.speech import seconds_of_speech, speak
 
-from .ledger import peaks, runs
-from .load import post_at_once
+from ..ledger import peaks, runs
+from ..load import post_at_once
 
 
 def test_every_instance_is_a_running_program(on: Callable[[str], Host], instance: dict[str, Any]) -> None:

@@ -1,0 +1,94 @@
+"""New code, broken code and the way back, with clients asking all the while: nothing is lost, nothing runs twice."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed import PROJECT
+from testbed.shell import CommandFailed
+
+from ..load import SteadyLoad
+from .conftest import Inventory, Operator, Page, Watch
+
+BROKEN = Path(__file__).with_name("broken")
+
+
+@pytest.fixture
+def new_code(inventory: Inventory) -> None:
+    """The inventory names a service whose code is new, and does the same."""
+    code = PROJECT / ".cache" / "day2" / "code"
+    shutil.rmtree(code, ignore_errors=True)
+    shutil.copytree(PROJECT / "service" / "tts", code)
+    with (code / "tts_service" / "app.py").open("a") as file:
+        file.write("# A release of its own.\n")
+    with inventory.service() as service:
+        service["code"]["source"] = str(code.relative_to(PROJECT))
+
+
+@pytest.mark.usefixtures("new_code")
+def test_new_code_goes_card_by_card_under_full_load_and_back_again(
+    operator: Operator,
+    inventory: Inventory,
+    page: Page,
+    fleet: dict[str, Any],
+    full_load: SteadyLoad,
+    audit: Callable[[], list[dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (old,) = set(page.column("version").values())
+    with Watch(page) as watch:
+        output = operator.document("rollout")
+    (new,) = set(page.column("version").values())
+    assert new != old and set(page.states().values()) == {"ready"}
+    assert watch.least >= fleet["capacity"] - max(instance["slots"] for instance in fleet["instances"])
+    done = [line for line in audit() if line["what"] == "rollout"]
+    assert [line["instance"] for line in done] == [instance["id"] for instance in fleet["instances"]]
+    assert {(line["from"], line["to"], line["result"]) for line in done} == {(old, new, "ok")}
+    assert [line["seconds"] for line in done] == [line["seconds"] for line in output["instances"]]
+    needed = sum(sum(line["seconds"].values()) for line in done)
+    with capsys.disabled():
+        print(f"\n{json.dumps({'needed_seconds': needed, 'elapsed_seconds': output['elapsed_seconds']})}")
+    assert output["elapsed_seconds"] <= 1.2 * needed
+
+    operator.play("rollback")
+    assert set(page.column("version").values()) == {old}
+    inventory.restore()
+    assert "changed=1" not in operator.play("site", "--check")
+
+
+BREAKAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "does not start": ({"app": "no_such_module:app"}, "no_such_module"),
+    "is never ready": ({"app": "never_ready:app", "code": {"source": str(BROKEN.relative_to(PROJECT))}}, "not ready"),
+    "answers wrong": (
+        {"app": "answers_wrong:app", "code": {"source": str(BROKEN.relative_to(PROJECT))}},
+        "smoke request",
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_broken_release_stops_at_the_first_card_and_is_put_back(
+    operator: Operator,
+    inventory: Inventory,
+    page: Page,
+    load: SteadyLoad,
+    pids: Callable[..., dict[str, str]],
+    audit: Callable[[], list[dict[str, Any]]],
+    breakage: str,
+) -> None:
+    fields, reason = BREAKAGES[breakage]
+    before, versions = pids(), page.column("version")
+    with inventory.service() as service:
+        service.update(fields)
+    with pytest.raises(CommandFailed, match=reason):
+        operator.play("site", gpu_workers_ready_timeout=15)
+    after = pids()
+    (replaced,) = [name for name in before if before[name] != after[name]]
+    page.wait_for("ready", seconds=15)
+    assert page.column("version") == versions
+    (line,) = [line for line in audit() if line["what"] == "rollout"]
+    assert line["instance"] == replaced and line["result"].startswith("failed: Put back on its previous settings")
