@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
+from ansible_collections.gpufleet.core.plugins.action.rollout_progress import report
 from ansible_collections.gpufleet.core.plugins.filter.rollout import (
     batches,
     outcomes,
     programs_on_release,
     removable,
-    report,
     target,
 )
 from ansible_collections.gpufleet.core.plugins.filter.verbs import doctor_document, status_document, status_lines

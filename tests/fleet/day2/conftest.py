@@ -109,6 +109,11 @@ class Page:
         wait_until(reached, seconds, self.states)
 
 
+def words(text: str) -> str:
+    """What a playbook printed without its line breaks: long messages are folded."""
+    return " ".join(text.split())
+
+
 def wait_until(condition: Callable[[], bool], seconds: float, shown: Callable[[], object] = lambda: "") -> None:
     """Return once the condition holds; fail after `seconds`, with what `shown` returns."""
     start = time.monotonic()

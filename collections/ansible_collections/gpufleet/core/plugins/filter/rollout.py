@@ -130,34 +130,6 @@ def outcomes(batch: Sequence[Entry], drained: Mapping[str, Any], results: Mappin
     return told
 
 
-def report(done: Sequence[Entry], total: int, elapsed: float, recent: int | None = None) -> list[str]:
-    """Return the lines that tell people how far a rollout is.
-
-    :param done: outcomes so far.
-    :param total: instances that are to be rolled out.
-    :param elapsed: seconds since it began.
-    :param recent: tell only of so many last outcomes and how long the rest may take; else of all, as a table.
-    """
-    width = max((len(str(entry["instance"])) for entry in done), default=0)
-    rows = []
-    for entry in done[-recent:] if recent else done:
-        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in entry["seconds"].items())
-        versions = f"{entry['from'] or 'none'} -> {entry['to'] or 'none'}"
-        rows.append(
-            f"{entry['instance']:<{width}}  {entry['change']}  {versions}  {entry['result']}  {phases}".rstrip()
-        )
-    summary = f"{len(done)} of {total} after {elapsed:.0f} s"
-    if recent and len(done) < total:
-        summary += f", about {elapsed / len(done) * (total - len(done)):.0f} s to go"
-    failed = sum(entry["result"] != "ok" for entry in done)
-    if failed:
-        summary += (
-            f"; {failed} FAILED, the rest was left as it was. "
-            "Correct the cause and run site.yml again, or go back with playbooks/rollback.yml"
-        )
-    return [*rows, summary]
-
-
 def programs_on_release(text: str, releases: str, version: str) -> str:
     """Return a file of programs in which those that run from a release below ``releases`` run from ``version``."""
     programs = parse_programs(text, "gpufleet-")
@@ -183,5 +155,4 @@ class FilterModule:
             "programs_on_release": programs_on_release,
             "rollout_batches": batches,
             "rollout_outcomes": outcomes,
-            "rollout_report": report,
         }
