@@ -22,7 +22,7 @@ SUITE = "bookworm"
 PACKAGES = ("systemd-sysv", "openssh-server", "python3", "python3-apt", "ca-certificates", "iproute2", "procps")
 # Downloaded into apt's cache and not installed: the roles' own installation then needs no network, and where the
 # cache has aged apt fetches what is newer.
-LIKELY_PACKAGES = ("nginx", "supervisor", "espeak-ng", "zstd", "git")
+LIKELY_PACKAGES = ("nginx", "supervisor", "nftables", "espeak-ng", "zstd", "git")
 UNREAD = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 # Host keys are made per host; a key baked into an image would be the same on all of them.
 CUSTOMIZE = (

@@ -17,6 +17,12 @@ def _plugins() -> None:
     init_plugin_loader([str(PROJECT / "collections")])
 
 
+def role_variables(role: str) -> dict[str, Any]:
+    """Return the variables of ``roles/<role>/vars``, which :func:`render` can be given."""
+    variables = yaml.safe_load((PROJECT / "roles" / role / "vars/main.yml").read_text())
+    return {name: trust_as_template(value) if isinstance(value, str) else value for name, value in variables.items()}
+
+
 def render(role: str, template: str, fleet: dict[str, Any], **variables: Any) -> str:
     """Return the text of ``roles/<role>/templates/<template>`` for a fleet."""
     _plugins()

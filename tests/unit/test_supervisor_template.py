@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from ansible.template import trust_as_template
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import parse_environment, parse_programs
 from gunicorn.config import Config
@@ -23,7 +21,7 @@ from hypothesis import strategies as st
 from slot_guard import Settings
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
-from tests.templates.render import PROJECT, render
+from tests.templates.render import render, role_variables
 
 SERVICE = {"route": "/tts/", "app": "tts.app:app", "code": {"source": "."}, "conda_env": "tts"}
 
@@ -46,15 +44,11 @@ def rendered() -> Iterator[Callable[..., str]]:
 
     In a process of its own: Ansible finds the filters of a collection only where no import went before it.
     """
-    role_variables = yaml.safe_load((PROJECT / "roles/gpu_workers/vars/main.yml").read_text())
     known = {
         "inventory_hostname": "gpu01",
         "conda_env_releases": {"tts": {"path": "/opt/conda/releases/tts/c0ffee"}},
         "service_code_releases": {"tts": {"path": "/opt/gpufleet/tts/releases/f00d", "id": "f00d"}},
-        **{
-            name: trust_as_template(value) if isinstance(value, str) else value
-            for name, value in role_variables.items()
-        },
+        **role_variables("gpu_workers"),
     }
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         yield lambda fleet, **variables: pool.submit(

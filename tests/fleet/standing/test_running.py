@@ -31,6 +31,30 @@ def test_every_instance_listens_on_its_port(on: Callable[[str], Host], instance:
     assert on(instance["host"]).socket(f"tcp://0.0.0.0:{instance['port']}").is_listening
 
 
+def test_only_the_gateway_reaches_an_instance(
+    on: Callable[[str], Host], fleet: dict[str, Any], instance: dict[str, Any]
+) -> None:
+    connect = f"timeout 5 bash -c '</dev/tcp/{instance['address'].strip('[]')}/{instance['port']}'"
+    other = next(name for name in fleet["hosts"] if name != instance["host"])
+    assert on(fleet["gateways"][0]["host"]).run(connect).rc == 0
+    assert "Connection refused" in on(other).run(connect).stderr
+
+
+def test_the_firewall_stays_where_an_operator_flushes_the_tables_of_all(
+    on: Callable[[str], Host], gpu_host: dict[str, Any]
+) -> None:
+    host = on(gpu_host["name"])
+    table = "nft list table inet gpufleet"
+    before = host.check_output(table)
+    assert host.service("gpufleet-firewall").is_enabled
+    for verb in ("restart", "reload", "restart"):
+        host.check_output(f"systemctl {verb} nftables")
+        # systemd brings ours back after nftables.service, and systemctl does not wait for that.
+        assert host.check_output(f"timeout 5 sh -c 'until {table}; do sleep 0.1; done' 2>/dev/null") == before
+    host.check_output("systemctl stop nftables && systemctl start gpufleet-firewall")
+    assert host.check_output(table) == before
+
+
 def test_an_instance_sees_its_own_card_only_and_is_not_root(
     on: Callable[[str], Host], instance: dict[str, Any]
 ) -> None:

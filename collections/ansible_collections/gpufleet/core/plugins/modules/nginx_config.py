@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import Refused, differences, read, write
 from ansible_collections.gpufleet.core.plugins.module_utils.unix_http import UnixConnection
 
 DOCUMENTATION = r"""
@@ -69,10 +69,6 @@ UNIT_OVERRIDE = Path("/etc/systemd/system/nginx.service.d/gpufleet.conf")
 DIGEST_MARK = "@CONFIGURATION_DIGEST@"
 
 
-class Refused(Exception):
-    """The wanted state could not be reached; the message is for the operator."""
-
-
 def served_digest(control_socket: str) -> str | None:
     """Return the digest of the configuration that nginx serves now, or None if none of ours answers."""
     connection = UnixConnection(control_socket, timeout=2)
@@ -84,27 +80,6 @@ def served_digest(control_socket: str) -> str | None:
         return None
     finally:
         connection.close()
-
-
-def read(path: Path) -> str | None:
-    """Return the text of a file, or None where there is none."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-
-
-def write(path: Path, text: str | None) -> None:
-    """Replace a file at once, or remove it where ``text`` is None."""
-    if text is None:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    descriptor, candidate = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        os.fchmod(file.fileno(), 0o644)
-    Path(candidate).replace(path)
 
 
 class Gateway:
@@ -180,19 +155,11 @@ def main() -> None:
         supports_check_mode=True,
     )
     gateway = Gateway(module)
-    differing = [path for path, text in gateway.wanted.items() if gateway.found[path] != text]
+    differing = differences(gateway.found, gateway.wanted)
     result = {
         "digest": gateway.digest,
         "changed": bool(differing) or not gateway.serves(),
-        "diff": [
-            {
-                "before": gateway.found[path] or "",
-                "after": gateway.wanted[path],
-                "before_header": str(path),
-                "after_header": str(path),
-            }
-            for path in differing
-        ],
+        "diff": differing,
     }
     try:
         if module.check_mode:

@@ -1,0 +1,55 @@
+# Copyright gpufleet contributors. Licensed under the Apache License 2.0.
+"""The files of one system service as a whole: what is there, what is wanted, and the step between the two.
+
+Standard library only, Python 3.9 or newer.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+Texts = Mapping[Path, Optional[str]]
+"""Texts of files by path; None where there is none."""
+
+
+class Refused(Exception):
+    """The wanted state could not be reached; the message is for the operator."""
+
+
+def read(path: Path) -> str | None:
+    """Return the text of a file, or None where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def write(path: Path, text: str | None) -> None:
+    """Replace a file at once, readable by all, or remove it where ``text`` is None."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    descriptor, candidate = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        os.fchmod(file.fileno(), 0o644)
+    Path(candidate).replace(path)
+
+
+def differences(found: Texts, wanted: Texts) -> list[dict[str, Any]]:
+    """Return what differs as Ansible shows it: one diff per file."""
+    return [
+        {
+            "before": found[path] or "",
+            "after": text or "",
+            "before_header": str(path),
+            "after_header": str(path),
+        }
+        for path, text in wanted.items()
+        if found[path] != text
+    ]
