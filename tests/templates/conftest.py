@@ -150,12 +150,19 @@ class Gateway:
         return (self.folder / "var/log/nginx/cosyvoice2_access.log").read_text().splitlines()
 
 
-@pytest.fixture
-def gateway(nginx_program: str) -> Iterator[Gateway]:
+@contextlib.contextmanager
+def below_a_folder(nginx_program: str) -> Iterator[Gateway]:
+    """A gateway whose folder is there for the length of a block."""
     # A short path, because a socket's has 107 characters at most; one that nginx's workers, another user, can walk.
     with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Gateway(nginx_program, Path(folder))
+
+
+@pytest.fixture
+def gateway(nginx_program: str) -> Iterator[Gateway]:
+    with below_a_folder(nginx_program) as ready:
+        yield ready
 
 
 class Cluster:
@@ -177,15 +184,16 @@ class Cluster:
 
     async def post(self, client: str = "127.0.0.1", path: str = "generate", timeout: float = 20, **request: Any) -> Any:
         """Send one request from a client address; return the answer, or None after a hang-up by ``timeout``."""
-        transport = httpx.AsyncHTTPTransport(local_address=client)
+        transport = httpx.AsyncHTTPTransport(local_address=client, verify=False)
         async with httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False) as http:
             with contextlib.suppress(httpx.ReadTimeout):
                 return await http.post(f"http://127.0.0.1:{PORT}{ROUTE}{path}", **{"content": b"{}", **request})
         return None
 
-    async def ask(self, path: str) -> httpx.Response:
+    async def ask(self, path: str, client: str = "127.0.0.1") -> httpx.Response:
         """Ask the gateway itself."""
-        async with httpx.AsyncClient(timeout=20, trust_env=False) as http:
+        transport = httpx.AsyncHTTPTransport(local_address=client, verify=False)
+        async with httpx.AsyncClient(transport=transport, timeout=20, trust_env=False) as http:
             return await http.get(f"http://127.0.0.1:{PORT}{path}")
 
     async def burst(self, count: int, clients: int = 4, **request: Any) -> list[Any]:
