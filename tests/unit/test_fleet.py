@@ -1,11 +1,14 @@
 """The derivation: the article's numbers, stability under edits, and properties of any inventory."""
 
 import copy
+import json
+import re
 from pathlib import Path
 
 import pytest
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
-from hypothesis import given
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import unsupported_environment
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.inventories.loader import derive_from
@@ -207,3 +210,153 @@ def test_the_inventory_is_only_read(counts):
     given_hosts, given_services = copy.deepcopy(hosts), copy.deepcopy(services)
     fleet_of(hosts, services)
     assert (hosts, services) == (given_hosts, given_services)
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.text(max_size=6)
+    | st.sampled_from(
+        ["5\n", "٣", "²", "1e3", "9" * 5000, "//", "a b", "\0", "{{ x }}", "10.0.0.1\n", "[::1", "fe80::1%lo"]
+    ),
+    lambda some: (
+        st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers() | st.none(), some, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+ENDINGS = st.sampled_from(["\n", " ", "\0", ";", "}", '"', "'", "\u2028", "%", "٣"])
+GOOD_HOST = {"ansible_host": "10.0.0.1", "gpu_count": 2, "gpus": [0, {"device": "GPU-1", "index": 3, "slots": 1}]}
+GOOD_SERVICE = service(
+    packages=["espeak-ng"],
+    environment={"A": "it's", "B": 7},
+    base_port=12421,
+    slots="1",
+    smoke={"path": "x", "body": "y", "content_type": "text/plain"},
+)
+
+
+def spoilt(good):
+    """Another value in the place of a good one, or the good one with something behind it, however deep it lies."""
+    if isinstance(good, dict):
+        names = [st.tuples(st.just(name), spoilt(value)) for name, value in good.items()]
+        values = st.one_of(names).map(lambda one: {**good, one[0]: one[1]})
+        return values | st.sampled_from(list(good)).flatmap(
+            lambda name: ENDINGS.map(
+                lambda end: {**{n: v for n, v in good.items() if n != name}, name + end: good[name]}
+            )
+        )
+    if isinstance(good, list):
+        return st.integers(0, len(good) - 1).flatmap(
+            lambda at: spoilt(good[at]).map(lambda one: [*good[:at], one, *good[at + 1 :]])
+        )
+    return JUNK | ENDINGS.map(lambda end: f"{good}{end}")
+
+
+SERVICES = st.one_of(
+    st.just({"tts": GOOD_SERVICE}),
+    spoilt({"tts": GOOD_SERVICE}),
+    spoilt({"tts": GOOD_SERVICE, "clone": service()}),
+    JUNK,
+)
+HOSTS = st.one_of(
+    st.sampled_from([{"gpus": GOOD_HOST["gpus"]}, {"gpu_count": 1}]),
+    spoilt({name: GOOD_HOST[name] for name in ("ansible_host", "gpus")}),
+    spoilt({name: GOOD_HOST[name] for name in ("ansible_host", "gpu_count")}),
+    st.dictionaries(st.sampled_from(["gpu_count", "gpus", "ansible_host", "fleet_address", "gpu_cuont"]), JUNK),
+)
+PLAIN = re.compile(r"[!-~]+", re.ASCII)
+"""What may stand in a configuration file without changing its meaning there."""
+
+
+@settings(max_examples=300, deadline=None)
+@given(SERVICES, HOSTS, HOSTS, st.just(CONDA_ENVS) | JUNK, st.sampled_from([9999, 12421]) | JUNK)
+@example({"tts": GOOD_SERVICE}, {"gpu_count": 1}, {"gpus": GOOD_HOST["gpus"]}, CONDA_ENVS, 9999)
+def test_any_inventory_is_refused_or_means_a_consistent_fleet(services, first, second, conda_envs, port):
+    hosts = {"gpu01": first, "gpu02": second, "gateway": {"ansible_host": "10.0.0.100"}}
+    groups = {"gpu_servers": ["gpu01", "gpu02"], "gateways": ["gateway"]}
+    fleet = derive(services, groups, hosts, conda_envs=conda_envs, port=port)
+    for fault in fleet["faults"]:
+        assert fault and "\n" not in fault
+    if fleet["faults"]:
+        return
+    json.dumps(fleet["instances"])
+    assert fleet["capacity"] == sum(instance["slots"] for instance in fleet["instances"]) > 0
+    assert 0 < fleet["port"] < 65536
+    for keys in (("id",), ("socket",), ("host", "port"), ("host", "program")):
+        assert len({tuple(one[key] for key in keys) for one in fleet["instances"]}) == len(fleet["instances"])
+    for instance in fleet["instances"]:
+        assert 1024 <= instance["port"] < 65536
+        for key in ("id", "address", "device", "program", "socket"):
+            assert PLAIN.fullmatch(instance[key]), key
+    for service in fleet["services"].values():
+        assert (
+            PLAIN.fullmatch(service["name"]) and PLAIN.fullmatch(service["route"]) and PLAIN.fullmatch(service["app"])
+        )
+        assert all(PLAIN.fullmatch(package) for package in service["packages"])
+        assert all(
+            PLAIN.fullmatch(name) and not unsupported_environment(v) for name, v in service["environment"].items()
+        )
+        assert not service["smoke"] or PLAIN.fullmatch(service["smoke"]["path"])
+
+
+def test_what_the_fuzz_spoils_is_good():
+    """Else everything above would be refused for a reason of its own."""
+    assert fleet_of({"gpu01": {"gpu_count": 1}}, {"tts": GOOD_SERVICE})["faults"] == []
+
+
+@pytest.mark.parametrize(
+    "services",
+    [
+        {"tts": service(environment=["TOKEN=hunter2"])},
+        {"tts": service(environment={"TOKEN": ["hunter2"]})},
+        {"tts": service(environment={"TOKEN": "hunter2\n"})},
+        {"tts": service(enviroment={"TOKEN": "hunter2"})},
+        {"tts": service(TOKEN="hunter2")},
+        {"tts": service(smoke={"path": "x", "headers": "Bearer hunter2"})},
+        {"tts": ["hunter2"]},
+        ["hunter2"],
+        {"tts": service(code="https://me:hunter2@example.org/x.git")},
+        {"tts": service(code={"source": "https://hunter2@example.org/x.git", "version": "1"})},
+        {"tts": service(code={"source": "ssh://me:hunter2@example.org/x.git", "version": "1"})},
+    ],
+)
+def test_a_refusal_shows_no_secret(services):
+    faults = fleet_of({"gpu01": {"gpu_count": 1}}, services)["faults"]
+    assert len(faults) == 1
+    assert "(hidden)" in faults[0] and "hunter2" not in faults[0]
+
+
+@pytest.mark.parametrize(
+    "source", ["git@example.org:x.git", "ssh://git@example.org/x.git", "https://example.org/a@b.git"]
+)
+def test_a_user_of_ssh_is_no_credential(source):
+    assert (
+        fleet_of({"gpu01": {"gpu_count": 1}}, {"tts": service(code={"source": source, "version": "1"})})["faults"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("route", "/tts/\n"),
+        ("app", "app:app\n"),
+        ("packages", ["espeak-ng\n"]),
+        ("environment", {"A\n": "b"}),
+        ("slots", "2\n"),
+        ("smoke", {"path": "x\n"}),
+        ("smoke", {"path": "x", "body": "y", "content_type": "text/plain\n"}),
+        ("slots", "9" * 5000),
+    ],
+)
+def test_nothing_hides_behind_the_end_of_a_line(field, value):
+    assert len(fleet_of({"gpu01": {"gpu_count": 1}}, {"tts": service(**{field: value})})["faults"]) == 1
+
+
+def test_an_address_or_a_card_hides_nothing_either():
+    for variables in ({"gpu_count": 1, "ansible_host": "10.0.0.1\n"}, {"gpus": ["GPU-1\n"]}, {"gpu_count": "1\n"}):
+        assert len(fleet_of({"gpu01": variables})["faults"]) == 1

@@ -48,20 +48,27 @@ CODE_FIELDS = ("source", "version")
 GPU_FIELDS = ("device", "slots", "index")
 HOST_VARIABLES = ("gpu_count", "gpus")
 #: Set by gpufleet for each program; a service that set them too would undo its own placement or limits.
-RESERVED_ENVIRONMENT = re.compile(r"^(?:CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|PYTHONUNBUFFERED|SLOT_GUARD_\w*)$")
+RESERVED_ENVIRONMENT = re.compile(r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|PYTHONUNBUFFERED|SLOT_GUARD_\w*")
 #: Paths the gateway keeps for itself; `/_…` also holds the guard's admin endpoints.
 RESERVED_ROUTES = ("/_", "/health", "/cluster")
 
-_SERVICE_NAME = re.compile(r"^[a-z][a-z0-9_]{0,31}$")
-_ROUTE = re.compile(r"^/(?:[A-Za-z0-9._~-]+/)*$")
-_APP = re.compile(r"^[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
-_PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]+$")
-_ENVIRONMENT_NAME = re.compile(r"^[A-Za-z_]\w*$")
-_ADDRESS = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[?[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*\]?)$")
-_SMOKE_PATH = re.compile(r"^(?!/)[A-Za-z0-9._~%!$&()*+,;=:@/?-]*$")
-_CONTENT_TYPE = re.compile(r"^[\w.+-]+/[\w.+-]+(?:; ?[\w-]+=[\w.-]+)?$")
-_DEVICE_UUID = re.compile(r"^(?:GPU|MIG)-[0-9A-Za-z/-]+$")
-_GIT_SOURCE = re.compile(r"^(?:[a-z+]+://|[\w.-]+@[\w.-]+:)")
+# To be matched in full: a `$` would let a line end through, and so another line into a configuration file.
+_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_ROUTE = re.compile(r"/(?:[A-Za-z0-9._~-]+/)*")
+_APP = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_ADDRESS = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[?[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*\]?")
+_SMOKE_PATH = re.compile(r"(?!/)[A-Za-z0-9._~%!$&()*+,;=:@/?-]*")
+_CONTENT_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(?:; ?[\w-]+=[\w.-]+)?", re.ASCII)
+_DEVICE_INDEX = re.compile(r"[0-9]{1,4}")
+_DEVICE_UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z/-]+")
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_GIT_SOURCE = re.compile(r"(?:[a-z+]+://|[\w.-]+@[\w.-]+:)")
+_CREDENTIAL = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@")
+
+HIDDEN = "(hidden)"
+"""Shown for what may be or hold a password."""
 
 
 @dataclass
@@ -74,14 +81,19 @@ class Faults:
     def add(self, where: str, variable: str, value: object, problem: str, remedy: str) -> None:
         """Note that ``variable`` of ``where`` (a host or a service) has a value that cannot be used."""
         shown = "is not set" if value is None else f"= {value!r}"
-        self.lines.append(f"{where}: {variable} {shown}: {problem}. {remedy}{'' if remedy.endswith('?') else '.'}")
+        line = f"{where}: {variable} {shown}: {problem}. {remedy}{'' if remedy.endswith('?') else '.'}"
+        self.lines.append(" ".join(line.split()))  # a name may hold the end of a line
         self.places.add(where)
 
     def unknown_key(self, where: str, path: str, key: object, value: object, known: Iterable[str]) -> None:
-        """Note a key that nothing reads, with the one that was probably meant."""
+        """Note a key that nothing reads, with the one that was probably meant. Its value shows where it is a number.
+
+        Anything else may be an `environment` under another name, or a password one level too high.
+        """
         close = difflib.get_close_matches(str(key), list(known), n=1)
         remedy = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}"
-        self.add(where, f"{path}{key}", value, "nothing has this name", remedy)
+        shown = value if isinstance(value, (int, float)) else HIDDEN
+        self.add(where, f"{path}{key}", shown, "nothing has this name", remedy)
 
 
 def derive(
@@ -206,7 +218,7 @@ def _address(host: str, variables: Mapping[str, Any], faults: Faults) -> str:
         value = variables.get(variable)
         if value is None:
             continue
-        if not isinstance(value, str) or not _ADDRESS.match(value):
+        if not isinstance(value, str) or not _ADDRESS.fullmatch(value):
             faults.add(f"host {host}", variable, value, "not an address or host name", "Give an IP address")
         ip = _ip(str(value))
         return f"[{ip}]" if ip and ip.version == 6 else str(value)  # as URLs and nginx write it
@@ -254,9 +266,9 @@ def _gpu(where: str, place: int, card: Any, faults: Faults) -> dict[str, Any] | 
     for key in set(entry) - set(GPU_FIELDS):
         faults.unknown_key(where, f"{variable}.", key, entry[key], GPU_FIELDS)
     given = entry.get("device")
-    is_index = not isinstance(given, bool) and re.match(r"^[0-9]+$", str(given))
+    is_index = not isinstance(given, bool) and _DEVICE_INDEX.fullmatch(str(given))
     device = str(int(str(given))) if is_index else str(given)
-    if not is_index and not _DEVICE_UUID.match(device):
+    if not is_index and not _DEVICE_UUID.fullmatch(device):
         faults.add(
             where,
             f"{variable}.device",
@@ -278,15 +290,22 @@ def _services(
     services: Any, conda_envs: Any, groups: Mapping[str, list[str]], gpu_group: str, faults: Faults
 ) -> dict[str, dict[str, Any]]:
     if not isinstance(services, Mapping) or not services:
-        faults.add("all", "services", services, "no service is defined", "Define at least one in group_vars/all.yml")
+        shown = HIDDEN if services else services
+        faults.add("all", "services", shown, "no service is defined", "Define at least one in group_vars/all.yml")
         return {}
     known: dict[str, dict[str, Any]] = {}
     for name, given in services.items():
         where = f"service {name}"
-        if not _SERVICE_NAME.match(str(name)):
+        if not _SERVICE_NAME.fullmatch(str(name)):
             faults.add(where, "name", name, "not usable in file and program names", "Use a-z, 0-9 and _, 32 at most")
         elif not isinstance(given, Mapping):
-            faults.add(where, f"services.{name}", given, "not a mapping", "Give route, app, code and conda_env")
+            faults.add(
+                where,
+                f"services.{name}",
+                HIDDEN if given else given,
+                "not a mapping",
+                "Give route, app, code and conda_env",
+            )
         else:
             known[str(name)] = _service(str(name), given, conda_envs, groups, gpu_group, faults)
     _refuse_overlapping_routes(known, faults)
@@ -323,7 +342,7 @@ def _service(
         faults.add(where, "conda_env", service["conda_env"], "no such conda environment", remedy)
     service["packages"] = list(service["packages"]) if isinstance(service["packages"], (list, tuple)) else [None]
     for package in service["packages"]:
-        if not isinstance(package, str) or not _PACKAGE.match(package):
+        if not isinstance(package, str) or not _PACKAGE.fullmatch(package):
             faults.add(where, "packages", given["packages"], "not a list of package names", "List the names apt knows")
             break
     service["environment"] = _environment(where, service["environment"], faults)
@@ -347,7 +366,7 @@ def _check_text(
     service: Mapping[str, Any], key: str, pattern: re.Pattern[str], problem: str, remedy: str, faults: Faults
 ) -> None:
     value = service[key]
-    if value is not None and not (isinstance(value, str) and pattern.match(value)):
+    if value is not None and not (isinstance(value, str) and pattern.fullmatch(value)):
         faults.add(f"service {service['name']}", key, value, problem, remedy)
 
 
@@ -355,12 +374,16 @@ def _code(where: str, code: Any, faults: Faults) -> dict[str, Any]:
     if code is None:
         return {}
     if not isinstance(code, Mapping) or not isinstance(code.get("source"), str) or not code["source"]:
-        faults.add(
-            where, "code", code, "has no source", "Give {source: FOLDER} or {source: GIT_URL, version: REVISION}"
-        )
+        remedy = "Give {source: FOLDER} or {source: GIT_URL, version: REVISION}"
+        faults.add(where, "code", HIDDEN if code else code, "has no source", remedy)
         return {}
     for key in set(code) - set(CODE_FIELDS):
         faults.unknown_key(where, "code.", key, code[key], CODE_FIELDS)
+    if _CREDENTIAL.match(code["source"]):
+        remedy = "Let git ask a credential helper for it, or use ssh with a key"
+        faults.add(
+            where, "code.source", HIDDEN, "has a credential in it, which process lists and logs would show", remedy
+        )
     if _GIT_SOURCE.match(code["source"]) and not code.get("version"):
         faults.add(where, "code.version", None, "a git source needs a revision", "Give a tag or a commit")
     return dict(code)
@@ -382,10 +405,10 @@ def _smoke(service: Mapping[str, Any], faults: Faults) -> dict[str, str] | None:
     path, body, content_type = (given.get(key) for key in SMOKE_FIELDS)
     if path is None:
         faults.add(where, "smoke.path", None, "required", "Give the path below the route")
-    elif not isinstance(path, str) or not _SMOKE_PATH.match(path):
+    elif not isinstance(path, str) or not _SMOKE_PATH.fullmatch(path):
         problem = "not a path below the route, of the characters of a URL"
         faults.add(where, "smoke.path", path, problem, "Write it without the route and without / in front")
-    if content_type is not None and not (isinstance(content_type, str) and _CONTENT_TYPE.match(content_type)):
+    if content_type is not None and not (isinstance(content_type, str) and _CONTENT_TYPE.fullmatch(content_type)):
         faults.add(where, "smoke.content_type", content_type, "not a media type", "Write for instance text/plain")
     if body is not None and not isinstance(body, str):
         content_type = content_type or "application/json"
@@ -403,19 +426,18 @@ def _smoke(service: Mapping[str, Any], faults: Faults) -> dict[str, str] | None:
 
 def _environment(where: str, environment: Any, faults: Faults) -> dict[str, str]:
     if not isinstance(environment, Mapping):
-        faults.add(where, "environment", environment, "not a mapping", "Write NAME: value pairs")
+        faults.add(where, "environment", HIDDEN, "not a mapping", "Write NAME: value pairs")
         return {}
-    hidden = "(hidden)"  # it may be a password
     for name, value in environment.items():
         variable = f"environment.{name}"
-        if not isinstance(name, str) or not _ENVIRONMENT_NAME.match(name):
-            faults.add(where, variable, hidden, "not the name of an environment variable", "Use letters, digits and _")
-        elif RESERVED_ENVIRONMENT.match(name):
-            faults.add(where, variable, hidden, "set by gpufleet for each GPU", "Leave it out")
+        if not isinstance(name, str) or not _ENVIRONMENT_NAME.fullmatch(name):
+            faults.add(where, variable, HIDDEN, "not the name of an environment variable", "Use letters, digits and _")
+        elif RESERVED_ENVIRONMENT.fullmatch(name):
+            faults.add(where, variable, HIDDEN, "set by gpufleet for each GPU", "Leave it out")
         elif not isinstance(value, (str, int, float)) or isinstance(value, bool):
-            faults.add(where, variable, hidden, f"a {type(value).__name__}, not a text", "Write it in quotes")
+            faults.add(where, variable, HIDDEN, f"a {type(value).__name__}, not a text", "Write it in quotes")
         elif reason := unsupported_environment(str(value)):
-            faults.add(where, variable, hidden, reason, "Pass it in a file and name that file here")
+            faults.add(where, variable, HIDDEN, reason, "Pass it in a file and name that file here")
     return {str(name): str(value) for name, value in environment.items()}
 
 
@@ -476,7 +498,7 @@ def _whole_number(
     value: Any, low: int, high: int, faults: Faults, where: str, variable: str, remedy: str
 ) -> int | None:
     """``value`` as a whole number from ``low`` to ``high``, or None and a fault. ``-e`` and INI give digits as text."""
-    if not isinstance(value, bool) and re.match(r"^-?\d+$", str(value)) and low <= int(value) <= high:
+    if not isinstance(value, bool) and _WHOLE_NUMBER.fullmatch(str(value)) and low <= int(value) <= high:
         return int(value)
     faults.add(where, variable, value, f"not a whole number from {low} to {high}", remedy)
     return None
