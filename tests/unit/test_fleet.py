@@ -229,7 +229,7 @@ JUNK = st.recursive(
 )
 
 
-ENDINGS = st.sampled_from(["\n", " ", "\0", ";", "}", '"', "'", "\u2028", "%", "٣"])
+ENDINGS = ["\n", " ", "\0", ";", "}", '"', "'", "\u2028", "%", "٣"]
 GOOD_HOST = {"ansible_host": "10.0.0.1", "gpu_count": 2, "gpus": [0, {"device": "GPU-1", "index": 3, "slots": 1}]}
 GOOD_SERVICE = service(
     packages=["espeak-ng"],
@@ -246,7 +246,7 @@ def spoilt(good):
         names = [st.tuples(st.just(name), spoilt(value)) for name, value in good.items()]
         values = st.one_of(names).map(lambda one: {**good, one[0]: one[1]})
         return values | st.sampled_from(list(good)).flatmap(
-            lambda name: ENDINGS.map(
+            lambda name: st.sampled_from(ENDINGS).map(
                 lambda end: {**{n: v for n, v in good.items() if n != name}, name + end: good[name]}
             )
         )
@@ -254,7 +254,7 @@ def spoilt(good):
         return st.integers(0, len(good) - 1).flatmap(
             lambda at: spoilt(good[at]).map(lambda one: [*good[:at], one, *good[at + 1 :]])
         )
-    return JUNK | ENDINGS.map(lambda end: f"{good}{end}")
+    return JUNK | st.sampled_from(ENDINGS).map(lambda end: f"{good}{end}")
 
 
 SERVICES = st.one_of(
@@ -279,7 +279,10 @@ PLAIN = re.compile(r"[!-~]+", re.ASCII)
 def test_any_inventory_is_refused_or_means_a_consistent_fleet(services, first, second, conda_envs, port):
     hosts = {"gpu01": first, "gpu02": second, "gateway": {"ansible_host": "10.0.0.100"}}
     groups = {"gpu_servers": ["gpu01", "gpu02"], "gateways": ["gateway"]}
-    fleet = derive(services, groups, hosts, conda_envs=conda_envs, port=port)
+    assert_refused_or_consistent(derive(services, groups, hosts, conda_envs=conda_envs, port=port))
+
+
+def assert_refused_or_consistent(fleet):
     for fault in fleet["faults"]:
         assert fault and "\n" not in fault
     if fleet["faults"]:
@@ -340,23 +343,25 @@ def test_a_user_of_ssh_is_no_credential(source):
     )
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("route", "/tts/\n"),
-        ("app", "app:app\n"),
-        ("packages", ["espeak-ng\n"]),
-        ("environment", {"A\n": "b"}),
-        ("slots", "2\n"),
-        ("smoke", {"path": "x\n"}),
-        ("smoke", {"path": "x", "body": "y", "content_type": "text/plain\n"}),
-        ("slots", "9" * 5000),
-    ],
-)
-def test_nothing_hides_behind_the_end_of_a_line(field, value):
+def endings(good):
+    """A good value with each of the endings behind each of its texts and numbers, one at a time."""
+    if isinstance(good, dict):
+        for name, value in good.items():
+            yield from ({**good, name: one} for one in endings(value))
+    elif isinstance(good, list):
+        for at, value in enumerate(good):
+            yield from ([*good[:at], one, *good[at + 1 :]] for one in endings(value))
+    else:
+        yield from (f"{good}{end}" for end in ENDINGS)
+
+
+def test_nothing_hides_behind_the_end_of_a_value():
+    for fields in endings(GOOD_SERVICE):
+        assert_refused_or_consistent(fleet_of({"gpu01": {"gpu_count": 1}}, {"tts": fields}))
+    for variables in endings({"ansible_host": "10.0.0.1", "gpus": GOOD_HOST["gpus"]}):
+        assert_refused_or_consistent(fleet_of({"gpu01": variables}))
+
+
+@pytest.mark.parametrize(("field", "value"), [("route", "/tts/\n"), ("slots", "2\n"), ("slots", "9" * 5000)])
+def test_neither_a_line_end_nor_more_digits_than_python_reads_make_a_value(field, value):
     assert len(fleet_of({"gpu01": {"gpu_count": 1}}, {"tts": service(**{field: value})})["faults"]) == 1
-
-
-def test_an_address_or_a_card_hides_nothing_either():
-    for variables in ({"gpu_count": 1, "ansible_host": "10.0.0.1\n"}, {"gpus": ["GPU-1\n"]}, {"gpu_count": "1\n"}):
-        assert len(fleet_of({"gpu01": variables})["faults"]) == 1
