@@ -74,6 +74,15 @@ class Request:
         return self.sent[0]["status"], headers, json.loads(body) if body[:1] == "{" else body
 
 
+def run_quietly(play):
+    """Run a coroutine whose many failing requests are not to be logged."""
+    logging.disable(logging.CRITICAL)
+    try:
+        asyncio.run(play)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 async def settle():
     """Let everything run that can."""
     for _ in range(20):
@@ -162,11 +171,7 @@ def test_slots_are_held_by_calls_and_jobs_whatever_happens(slots, steps):
                 for _, ending in jobs:
                     ending.set()
 
-    logging.disable(logging.CRITICAL)
-    try:
-        asyncio.run(play())
-    finally:
-        logging.disable(logging.NOTSET)
+    run_quietly(play())
 
 
 def test_a_job_that_never_began_frees_its_slot():

@@ -1,13 +1,12 @@
 """The guard between clients and an app that do anything at any moment: slots are never exceeded, always returned."""
 
 import asyncio
-import logging
 import threading
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_slot_guard import GATEWAY, make_guard, running, settle
+from tests.unit.test_slot_guard import GATEWAY, make_guard, run_quietly, running, settle
 
 BODY = {"type": "http.response.body", "body": b"x"}
 #: What an app does, in order or not: ASGI as it should be, and as no server takes it.
@@ -164,8 +163,4 @@ def test_slots_are_never_exceeded_and_always_returned(slots, exchanges, random):
             for ending in app.threads:
                 ending.set()
 
-    logging.disable(logging.CRITICAL)
-    try:
-        asyncio.run(play())
-    finally:
-        logging.disable(logging.NOTSET)
+    run_quietly(play())
