@@ -26,7 +26,7 @@ CONNECT = """
 import json, socket, sys
 def connect(source, address, port):
     try:
-        socket.create_connection((address, port), timeout=0.5, source_address=(source, 0)).close()
+        socket.create_connection((address, port), timeout=1.5, source_address=(source, 0)).close()
     except OSError as error:
         return type(error).__name__
     return "connected"
