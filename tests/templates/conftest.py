@@ -184,6 +184,7 @@ class Cluster:
 
     async def post(self, client: str = "127.0.0.1", path: str = "generate", timeout: float = 20, **request: Any) -> Any:
         """Send one request from a client address; return the answer, or None after a hang-up by ``timeout``."""
+        # Without TLS; reading the system's certificates for each client would take longer than everything else.
         transport = httpx.AsyncHTTPTransport(local_address=client, verify=False)
         async with httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False) as http:
             with contextlib.suppress(httpx.ReadTimeout):

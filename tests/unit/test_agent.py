@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ SINCE = "2026-01-01T00:00:00+00:00"
 
 def status_answer(state="ready", **changes):
     """Bytes of a guard's answer."""
-    status = {"state": state, "since": SINCE, "version": "f00d", "in_flight": 0, "served": 5, "refused": 1, "failed": 0}
-    body = json.dumps({**status, **changes}).encode()
+    status = {"state": state, "since": SINCE, "version": "f00d"}
+    counts = {"in_flight": 0, "waiting": 3, "served": 5, "refused": 1, "failed": 0}
+    body = json.dumps({**status, **counts, **changes}).encode()
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
@@ -169,8 +171,18 @@ def asked(answer, address="127.0.0.1"):
 @pytest.mark.parametrize("state", sorted(GUARD_STATES))
 def test_what_a_guard_says_of_itself(state):
     answer = asked(status_answer(state, reason="a\nb", in_flight=2))
-    numbers = {"in_flight": 2, "served": 5, "refused": 1, "failed": 0, "version": "f00d"}
+    numbers = {"in_flight": 2, "waiting": 3, "served": 5, "refused": 1, "failed": 0, "version": "f00d"}
     assert answer == Answer(state, "a b", SINCE, numbers)
+
+
+def test_who_waits_is_shown_and_summed_and_old_guards_say_nothing_of_it():
+    view = view_of(EQUAL)
+    standing = view.standings["tts-gpu01-0"]
+    standings = {**view.standings, "tts-gpu01-0": replace(standing, numbers={**standing.numbers, "waiting": 3})}
+    seen = document(replace(view, standings=standings))
+    assert [entry["waiting"] for entry in seen["instances"]] == [3, *[None] * 5]
+    assert seen["totals"]["waiting"] == seen["services"]["tts"]["waiting"] == 3
+    assert metrics(seen, 0).count("gpufleet_instance_waiting{") == 1
 
 
 def test_a_guard_under_gunicorn_is_understood(tmp_path):
@@ -264,7 +276,7 @@ def test_a_huge_answer_is_cut_off(head):
 
 
 def test_counts_that_make_no_sense_are_left_out():
-    answer = asked(status_answer(served="many", failed=-1, version=7))
+    answer = asked(status_answer(waiting=None, served="many", failed=-1, version=7))
     assert answer.state == READY
     assert answer.numbers == {"in_flight": 0, "refused": 1, "version": ""}
 
@@ -677,12 +689,12 @@ def test_the_status_of_a_healthy_cluster():
     }
     assert seen["totals"] == {
         **{"status": "healthy", "instances": 6, "ready": 6, "total_capacity": 12, "available_capacity": 12},
-        **{"in_flight": 6, "served": 60, "refused": 0, "failed": 0},
+        **{"in_flight": 6, "waiting": 0, "served": 60, "refused": 0, "failed": 0},
     }
     assert seen["instances"][0] == {
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
         **{"state": "ready", "reason": None, "since": SINCE, "slots": 2, "in_flight": 1},
-        **{"served": 10, "refused": None, "failed": None, "version": None},
+        **{"waiting": None, "served": 10, "refused": None, "failed": None, "version": None},
     }
     assert health(seen) == "healthy\n"
 

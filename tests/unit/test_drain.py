@@ -22,10 +22,13 @@ from ansible_collections.gpufleet.core.plugins.modules.drain import CONNECT_ATTE
 
 
 class Guard:
-    """A guard that works on ``in_flight`` requests and is ready or not; ``held`` seconds pass before it answers."""
+    """A guard that works on ``in_flight`` requests and is ready or not; ``held`` seconds pass before it answers.
 
-    def __init__(self, in_flight: int = 0, ready: bool = True, held: float = 0) -> None:
-        self.in_flight, self.ready, self.held = in_flight, ready, held
+    ``waiting`` requests wait for one of its slots, until they are sent away.
+    """
+
+    def __init__(self, in_flight: int = 0, ready: bool = True, held: float = 0, waiting: int = 0) -> None:
+        self.in_flight, self.ready, self.held, self.waiting = in_flight, ready, held, waiting
         guard = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,7 +38,14 @@ class Guard:
                 with contextlib.suppress(OSError):
                     self.send_response(200 if is_ready else 503)
                     self.end_headers()
-                    self.wfile.write(json.dumps({"in_flight": guard.in_flight, "state": "ready"}).encode())
+                    status = {"in_flight": guard.in_flight, "waiting": guard.waiting, "state": "ready"}
+                    self.wfile.write(json.dumps(status).encode())
+
+            def do_POST(self) -> None:
+                assert self.path == "/_slot_guard/send_away"
+                guard.waiting = 0
+                self.send_response(200)
+                self.end_headers()
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -119,6 +129,14 @@ def test_waits_for_the_last_request_with_the_flag_raised(
     assert flags == [True]
     assert 1.4 < result["seconds"] < 3
     assert result["busy"] == {}
+
+
+def test_who_waits_there_is_sent_away_while_the_work_goes_on(
+    run: Callable[..., dict[str, Any]], guard: Callable[..., Guard]
+) -> None:
+    busy = guard(in_flight=1, waiting=3)
+    assert run(busy.port, timeout=0.3)["busy"] == {"a": "1 in flight"}
+    assert busy.waiting == 0
 
 
 def test_names_who_is_still_at_work_at_the_limit_and_keeps_the_flag(

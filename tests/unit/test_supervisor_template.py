@@ -143,6 +143,16 @@ def test_a_service_adds_to_its_environment_whatever_characters_it_needs(
     assert {name: program.environment[name] for name in given} == given
 
 
+def test_a_queue_reaches_the_guard_and_without_one_the_program_is_the_same(
+    programs: Callable[..., dict[str, Any]],
+) -> None:
+    (program,) = programs(fleet({"gpu_count": 1}, queue=4, queue_timeout_seconds=9)).values()
+    told = Settings.from_environment(program.environment)
+    assert (told.queue, told.queue_timeout_seconds) == (4, 9)
+    (program,) = programs(fleet({"gpu_count": 1}, queue=0, queue_timeout_seconds=9)).values()
+    assert not [name for name in program.environment if "QUEUE" in name]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.one_of(st.text(), st.dictionaries(st.text(), st.text())))
 @example({"text": 'don\'t; say "100%" #1 %(here)s \\ \n\0 你好 🙂'})

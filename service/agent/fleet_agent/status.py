@@ -15,7 +15,7 @@ DRAINING = "draining"
 DRAINED = "drained"
 STATES = (READY, "loading", "suspect", "stopping", "failed", DRAINING, DRAINED, "down")
 
-_COUNTS = ("in_flight", "served", "refused", "failed")
+_COUNTS = ("in_flight", "waiting", "served", "refused", "failed")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,11 @@ def metrics(document: Mapping[str, Any], seconds: float) -> str:
     entries: Sequence[Mapping[str, Any]] = document["instances"]
     states = [({**_labels(entry), "state": name}, int(entry["state"] == name)) for entry in entries for name in STATES]
     family("instance_state", "1 for the state that an instance is in.", states)
-    for name, text in (("in_flight", "Slots held by work."), ("slots", "Requests that the gateway lets in at once.")):
+    for name, text in (
+        ("in_flight", "Slots held by work."),
+        ("waiting", "Requests that wait for a slot."),
+        ("slots", "Requests that the gateway lets in at once."),
+    ):
         known = [entry for entry in entries if entry[name] is not None]
         family(f"instance_{name}", text, [(_labels(entry), entry[name]) for entry in known])
     family("agent_pass_seconds", "How long the last pass over all instances took.", [({}, round(seconds, 3))])

@@ -1,4 +1,4 @@
-"""What the gateway and its agent ask an instance: live, ready, status and metrics."""
+"""What the gateway and its agent ask an instance: live, ready, status, metrics, and a slot for who waits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ PREFIX = "/_slot_guard"
 
 GATEWAY_HEADER = b"x-gpufleet-instance"
 """Header of every request that the gateway passes on for a client."""
+
+
+QUEUED_HEADER = b"x-gpufleet-queued"
+"""Header of a question for a slot: since when the request waits, and what time it is; both by the gateway's clock."""
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of a name, or an empty text."""
+    return next((value for known, value in scope["headers"] if known == name), b"")
+
+
+def seconds_waited(scope: Scope) -> float:
+    """How long the request behind a question for a slot has waited already, here or at other GPUs."""
+    try:
+        since, now = map(float, header(scope, QUEUED_HEADER).split())
+    except ValueError:
+        return 0.0
+    return max(0.0, now - since)
 
 
 def from_gateway(scope: Scope) -> bool:
@@ -52,6 +70,7 @@ def metrics_text(status: Mapping[str, Any]) -> bytes:
     outcomes = {f',outcome="{outcome}"': status[outcome] for outcome in ("served", "refused", "failed")}
     family("requests_total", "counter", "Requests by outcome.", outcomes)
     family("in_flight", "gauge", "Slots held by work, its client there or not.", {"": status["in_flight"]})
+    family("waiting", "gauge", "Requests that wait for a slot.", {"": status["waiting"]})
     family("slots", "gauge", "Requests that may be worked on at once.", {"": status["slots"]})
     family("ready", "gauge", "1 while new requests are taken.", {"": int(status["state"] == "ready")})
     family("suspect", "gauge", "1 while taken out for failures.", {"": int(status["state"] == "suspect")})

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+from types import FrameType
+from typing import Optional
 
 from slot_guard.guard import SlotGuard
 from slot_guard.settings import Settings
@@ -15,3 +18,14 @@ _logger.addHandler(_handler)
 _logger.propagate = False
 
 app = SlotGuard(Settings.from_environment(os.environ))
+
+
+def _terminate(number: int, frame: Optional[FrameType]) -> None:
+    """Send away at once who waits: a server tells its app of a stop only when the last connection is closed."""
+    app.stop_soon()
+    if callable(_server_terminates):
+        _server_terminates(number, frame)
+
+
+# An event loop that handles the signal does so beside this: it reads of it from its own file descriptor.
+_server_terminates = signal.signal(signal.SIGTERM, _terminate)

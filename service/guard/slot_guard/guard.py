@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from slot_guard.admin import PREFIX, from_gateway, is_admin_path, may_ask, metrics_text
+from slot_guard.admin import PREFIX, from_gateway, header, is_admin_path, may_ask, metrics_text, seconds_waited
 from slot_guard.breaker import Breaker
 from slot_guard.exchange import Exchange
 from slot_guard.loading import Lifespan, import_app, load_in_thread
 from slot_guard.messages import App, Receive, Scope, Send, error_json, reply, utc_now
 from slot_guard.settings import Settings
-from slot_guard.slots import Slot, SlotExecutor, Slots, current_slot
+from slot_guard.slots import Reservations, Slot, SlotExecutor, Slots, current_slot
 from slot_guard.trip_file import TripFile
 from slot_guard.watchdog import LoopWatchdog
 
@@ -39,6 +39,9 @@ REASON_CHARACTERS = 500
 
 SHUTDOWN_SECONDS = 10.0
 """How long an app that was taken out may take to shut down, which is to end its child processes."""
+
+CLAIM_SECONDS = 2.0
+"""How long a slot is kept for a request whose turn has come: that is one way from here to the gateway and back."""
 
 FINISHING_TICKS = 10
 """Turns of the event loop that an answered request is given to return before a new one is refused."""
@@ -68,6 +71,10 @@ class SlotGuard:
     A request counts as `failed` when the app raised, answered with a 5xx status or left its answer unfinished while the
     client was still there; as `refused` when it was not let in; else as `served`.
 
+    Who finds no free slot is refused at once. The gateway may then ask for a slot on behalf of a request; its answer
+    comes when it is that one's turn and a slot is kept for it. Only while it waits for this answer does the gateway
+    watch the client, so one that leaves frees its place, and one whose work runs does not free its slot.
+
     After too many failed requests in a row, or a bad answer to the smoke request, the instance is `suspect`: it refuses
     every request, ends with exit code 3 when its slots are free, and its next process waits before it tries again.
     """
@@ -83,10 +90,12 @@ class SlotGuard:
         `on_failure` is called when the app could not be loaded or was taken out.
         """
         self.settings = settings
-        self.slots = Slots(settings.slots)
+        self.slots = Slots(settings.slots, settings.queue)
         self.state = "loading"
         self.since = utc_now()
         self.requests = {"served": 0, "refused": 0, "failed": 0}
+        self._reserved = Reservations(CLAIM_SECONDS)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._load = load or partial(import_app, settings.app)
         self._on_failure = on_failure
         self._trip_file = TripFile(settings.state_directory, settings.instance, settings.version)
@@ -103,10 +112,15 @@ class SlotGuard:
             await self._lifespan(scope, receive, send)
         elif is_admin_path(scope["path"]):
             await self._administer(scope, receive, send)
-        elif slot := await self._admit():
+        elif slot := await self._admit(scope):
             await self._serve(slot, scope, receive, send)
         else:
             await self._refuse(scope, receive, send)
+
+    def stop_soon(self) -> None:
+        """Send away who waits for a slot, since this process is about to stop. A signal's handler may call this."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.slots.close_queue)
 
     def status(self) -> dict[str, Any]:
         """The status document of this instance; `reason` says why it was taken out, until that is forgotten."""
@@ -122,6 +136,8 @@ class SlotGuard:
             "trips": trip.count if trip else 0,
             "slots": self.slots.total,
             "in_flight": self.slots.in_flight,
+            "queue": self.settings.queue,
+            "waiting": self.slots.waiting,
             **self.requests,
             "loop_blocked": {
                 "count": self._watchdog.blocks,
@@ -136,13 +152,14 @@ class SlotGuard:
         logger.info("%s is %s", self.settings.app, state)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         loop.set_default_executor(SlotExecutor(loop))
         await receive()
         start = asyncio.create_task(self._start(scope))
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self._enter("stopping")
+        self.slots.close_queue()
         start.cancel()
         if self._leaving is not None:
             self._leaving.cancel()
@@ -197,6 +214,7 @@ class SlotGuard:
         trip = self._breaker.trip(reason[:REASON_CHARACTERS], time.time())
         logger.error("%s; %g s of pause for the next process", reason, trip.pause_seconds)
         self._enter("suspect")
+        self.slots.close_queue()
         self._trip_file.save(trip)
         self._leaving = asyncio.create_task(self._leave())
 
@@ -212,8 +230,14 @@ class SlotGuard:
             await send({"type": "websocket.close", "code": 1008})
             return
         question = scope["path"][len(PREFIX) + 1 :]
+        if not may_ask(scope, self.settings.admin_from):
+            question = ""
         status = self.status()
-        if not may_ask(scope, self.settings.admin_from) or question not in {"live", "ready", "status", "metrics"}:
+        if question == "slot" and header(scope, b"x-request-id"):
+            await self._keep_slot(scope, receive, send)
+        elif question == "send_away" and scope["method"] == "POST":
+            await reply(receive, send, 200, json.dumps({"sent_away": self.slots.send_away()}).encode())
+        elif question not in {"live", "ready", "status", "metrics"}:
             message = "There is nothing here / 请求的资源不存在"
             await reply(receive, send, 404, error_json("not_found", message, "not_found"))
         elif question == "metrics":
@@ -225,8 +249,26 @@ class SlotGuard:
             code = 200 if question == "live" or self.state == "ready" else 503
             await reply(receive, send, code, json.dumps(brief).encode())
 
-    async def _admit(self) -> Slot | None:
-        """Take a slot. A client that has its whole answer may ask again before the app has returned from sending it."""
+    async def _keep_slot(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer when it is the turn of the request that the gateway asks for, and keep it a slot; else refuse it."""
+        patience = self.settings.queue_timeout_seconds
+        since = asyncio.get_running_loop().time() - min(seconds_waited(scope), patience)
+        # Its status: neither 2xx, which lets the request in, nor 401, which the gateway keeps for itself.
+        if self.state != "ready" or not (slot := await self.slots.wait(since, since + patience)):
+            await self._refuse(scope, receive, send, status=403)
+            return
+        self._reserved.keep(header(scope, b"x-request-id"), slot)
+        await reply(receive, send, 200, b"{}")
+
+    async def _admit(self, scope: Scope) -> Slot | None:
+        """Take a slot, or the one that is kept for this request.
+
+        A client that has its whole answer may ask again before the app has returned from sending it.
+        """
+        if slot := self._reserved.claim(header(scope, b"x-request-id")):
+            if self.state == "ready":
+                return slot
+            slot.release()
         for _ in range(FINISHING_TICKS):
             # Asked each time: an instance may be taken out while a request waits here.
             if self.state != "ready":
@@ -277,7 +319,7 @@ class SlotGuard:
         elif scope["type"] == "websocket" or (not exchange.cut and exchange.status and exchange.status < 400):
             self._succeed()
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, status: int | None = None) -> None:
         self.requests["refused"] += 1
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1013})
@@ -285,6 +327,6 @@ class SlotGuard:
         reason = "full" if self.state == "ready" else self.state
         code, seconds, message = REFUSALS[reason]
         # To the gateway 429 says "nothing was started here, try another GPU"; to anyone else 503 says "not ready".
-        status = 429 if reason in {"full", "suspect"} or from_gateway(scope) else 503
+        status = status or (429 if reason in {"full", "suspect"} or from_gateway(scope) else 503)
         headers = [(b"retry-after", str(seconds).encode()), (b"x-slot-guard", reason.encode())]
         await reply(receive, send, status, error_json(code, message, "not_admitted"), headers=headers)

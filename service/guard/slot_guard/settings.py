@@ -21,6 +21,10 @@ class Settings:
     """The guarded app, as module:attribute."""
     slots: int = 2
     """Requests that may be worked on at once."""
+    queue: int = 0
+    """Requests that may wait for a slot."""
+    queue_timeout_seconds: float = 5.0
+    """How long one may wait, all GPUs that it waited at taken together."""
     instance: str = ""
     """Id of the instance in the fleet."""
     version: str = ""
@@ -36,9 +40,9 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Settings:
-        """Read SLOT_GUARD_APP, _SLOTS, _INSTANCE, _VERSION, _ADMIN_FROM, _FAILURES, _SMOKE and _STATE.
+        """Read SLOT_GUARD_APP and, for each of the others, SLOT_GUARD_* as below.
 
-        ValueError names the variable at fault. The state directory is HOME where _STATE names no other.
+        ValueError names the variable at fault. The state directory is HOME where SLOT_GUARD_STATE names no other.
         """
         app = environ.get("SLOT_GUARD_APP", "")
         module, _, attribute = app.partition(":")
@@ -57,18 +61,20 @@ class Settings:
         state_directory = environ.get("SLOT_GUARD_STATE") or environ.get("HOME")
         return cls(
             app=app,
-            slots=_from_one(environ, "SLOT_GUARD_SLOTS", 2),
+            slots=_whole_number(environ, "SLOT_GUARD_SLOTS", 2),
+            queue=_whole_number(environ, "SLOT_GUARD_QUEUE", 0, least=0),
+            queue_timeout_seconds=_whole_number(environ, "SLOT_GUARD_QUEUE_SECONDS", 5),
             instance=environ.get("SLOT_GUARD_INSTANCE", ""),
             version=environ.get("SLOT_GUARD_VERSION", ""),
             admin_from=admin_from,
-            failure_limit=_from_one(environ, "SLOT_GUARD_FAILURES", 3),
+            failure_limit=_whole_number(environ, "SLOT_GUARD_FAILURES", 3),
             smoke=smoke_request,
             state_directory=Path(state_directory) if state_directory else None,
         )
 
 
-def _from_one(environ: Mapping[str, str], variable: str, default: int) -> int:
+def _whole_number(environ: Mapping[str, str], variable: str, default: int, least: int = 1) -> int:
     value = environ.get(variable, str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{variable} is {value!r}; it must be a whole number from 1")
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{variable} is {value!r}; it must be a whole number from {least}")
     return int(value)

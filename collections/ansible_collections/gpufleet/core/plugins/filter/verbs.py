@@ -24,7 +24,8 @@ def status_document(page: Any) -> Document:
 def status_lines(document: Mapping[str, Any]) -> list[str]:
     """Return a status document for people: a line for each instance."""
     rows = [
-        f"{one['id']}  {one['state']}  {one['in_flight']}/{one['slots']}  {one['version']}  since {one['since']}"
+        f"{one['id']}  {one['state']}  {one['in_flight']}/{one['slots']}"
+        f"{'  {} waiting'.format(one['waiting']) if one.get('waiting') else ''}  {one['version']}  since {one['since']}"
         f"  {one.get('reason') or ''}".rstrip()
         for one in document.get("instances", [])
     ]

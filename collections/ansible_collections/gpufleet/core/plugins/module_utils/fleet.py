@@ -37,6 +37,8 @@ SERVICE_FIELDS: dict[str, Any] = {
     "group": None,  # all GPU servers
     "base_port": 12321,
     "slots": 2,
+    "queue": 0,
+    "queue_timeout_seconds": 5,
     "client_limit": 6,
     "time_limit_seconds": 300,
     "body_limit_megabytes": 100,
@@ -137,7 +139,9 @@ def derive(
     ]
     _refuse_collisions(instances, gateways, port, faults)
     for name, service in known_services.items():
-        service["capacity"] = sum(instance["slots"] for instance in instances if instance["service"] == name)
+        own = [instance for instance in instances if instance["service"] == name]
+        service["capacity"] = sum(instance["slots"] for instance in own)
+        service["places"] = service["queue"] * len(own)
         _check_client_limit(service, set(groups.get(service["group"], ())), faults)
     hosts = {
         host: {
@@ -180,13 +184,12 @@ def _instance(name: str, service: Mapping[str, Any], host: str, address: str, gp
 def _check_client_limit(service: Mapping[str, Any], hosts: set[str], faults: Faults) -> None:
     if not service["capacity"] or faults.places & {f"host {host}" for host in hosts}:
         return  # the capacity is not known yet; why has been named
-    if service["client_limit"] > service["capacity"]:
+    most = service["capacity"] + service["places"]
+    if service["client_limit"] > most:
+        requests = "concurrent and waiting requests" if service["places"] else "concurrent requests"
+        problem = f"one client would be allowed more than the cluster's {most} {requests}"
         faults.add(
-            f"service {service['name']}",
-            "client_limit",
-            service["client_limit"],
-            f"one client would be allowed more than the cluster's {service['capacity']} concurrent requests",
-            f"Set it to {service['capacity']} or less",
+            f"service {service['name']}", "client_limit", service["client_limit"], problem, f"Set it to {most} or less"
         )
 
 
@@ -351,6 +354,8 @@ def _service(
     for key, low, high, remedy in (
         ("base_port", 1024, 65535, "Give the first TCP port of its instances"),
         ("slots", 1, 1024, "Give the concurrent requests one GPU can take"),
+        ("queue", 0, 1024, "Give the requests that may wait for one GPU"),
+        ("queue_timeout_seconds", 1, 3600, "Give the longest time one request may wait"),
         ("client_limit", 1, 1_000_000, "Give the concurrent requests one client may have"),
         ("time_limit_seconds", 1, 86_400, "Give the longest time one request may take"),
         ("body_limit_megabytes", 1, 102_400, "Give the largest request body"),
@@ -358,6 +363,10 @@ def _service(
     ):
         number = _whole_number(service[key], low, high, faults, where, key, remedy)
         service[key] = SERVICE_FIELDS[key] if number is None else number
+    if service["queue"] and service["queue_timeout_seconds"] >= service["time_limit_seconds"]:
+        problem = f"not below the time limit of {service['time_limit_seconds']} s for the whole work"
+        remedy = "Give less; who waits longer than others work is better refused"
+        faults.add(where, "queue_timeout_seconds", service["queue_timeout_seconds"], problem, remedy)
     service["smoke"] = _smoke(service, faults)
     return service
 

@@ -61,6 +61,17 @@ class Instance:
             return Answer(problem=f"HTTP {response.status} {status}")
         return Answer(status)
 
+    def send_away(self) -> None:
+        """Have its guard send away the requests that wait for a slot there. Whoever needs it asks again if it fails."""
+        connection = http.client.HTTPConnection(self.address.strip("[]"), self.port, timeout=ANSWER_SECONDS)
+        try:
+            connection.request("POST", "/_slot_guard/send_away")
+            connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
+            pass
+        finally:
+            connection.close()
+
     def try_out(self, request: Mapping[str, Any], timeout: float) -> str:
         """Send it a smoke request (``path``, ``body``, ``content_type``); return what is wrong, or an empty text."""
         body, headers = str(request.get("body") or ""), {"X-Request-ID": SMOKE_REQUEST_ID}

@@ -27,7 +27,8 @@ module: drain
 short_description: Drain instances at the gateway, let them serve again, or forget what left
 description:
   - Runs on a gateway. Raises a flag file per instance, which nginx honours with the next request, without a reload and
-    across reboots; then waits until each instance itself says that it works on nothing.
+    across reboots; then waits until each instance itself says that it works on nothing. Requests that wait there for a
+    slot go to other instances.
   - A flag says who raised it. A rollout neither takes over nor lifts the flag of an operator.
   - Forgets the drains of what left the fleet, so that it serves again should it come back.
 options:
@@ -167,7 +168,7 @@ class Gateway:
 def await_idle(
     instances: Iterable[Instance], timeout: float, give_up_mute: bool = False
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Wait until no instance works on a request.
+    """Wait until no instance works on a request; those that wait for one are sent to others.
 
     An instance that connects but does not answer is busy: an app may hold its event loop for a whole inference. One
     that nothing answers for is dead and has nothing to lose.
@@ -197,6 +198,8 @@ def await_idle(
                 mute.add(name)
             else:
                 mute.discard(name)
+            if answer.status.get("waiting"):
+                waiting[name].send_away()
             in_flight = answer.status.get("in_flight")
             busy[name] = answer.problem or f"{in_flight} in flight"
             if in_flight == 0 and asked >= SETTLE_SECONDS:
