@@ -195,11 +195,16 @@ def test_nobody_waits_for_an_instance_that_does_not_serve(state):
     asyncio.run(play())
 
 
+def easily_taken_out(app, tmp_path):
+    """A guard with two slots and two places that one failure takes out."""
+    settings = {"SLOT_GUARD_QUEUE": "2", "SLOT_GUARD_FAILURES": "1", "SLOT_GUARD_STATE": str(tmp_path)}
+    return make_guard(app, slots=2, **settings)
+
+
 def test_who_waits_for_an_instance_that_is_taken_out_goes_elsewhere(tmp_path):
     async def play():
         puppet = Puppet()
-        settings = {"SLOT_GUARD_QUEUE": "2", "SLOT_GUARD_FAILURES": "1", "SLOT_GUARD_STATE": str(tmp_path)}
-        async with running_guard(make_guard(puppet, slots=2, **settings)) as instance:
+        async with running_guard(easily_taken_out(puppet, tmp_path)) as instance:
             long, short = Request(instance), Request(instance)
             await settle()
             waiting = [question(instance, name) for name in "ab"]
@@ -218,8 +223,7 @@ def test_who_waits_for_an_instance_that_is_taken_out_goes_elsewhere(tmp_path):
 def test_a_kept_slot_of_an_instance_that_was_taken_out_is_not_used(tmp_path):
     async def play():
         puppet = Puppet()
-        settings = {"SLOT_GUARD_QUEUE": "2", "SLOT_GUARD_FAILURES": "1", "SLOT_GUARD_STATE": str(tmp_path)}
-        async with running_guard(make_guard(puppet, slots=2, **settings)) as instance:
+        async with running_guard(easily_taken_out(puppet, tmp_path)) as instance:
             failing = Request(instance)
             assert (await question(instance, "a").answer())[0] == 200
             puppet.calls[0][0].put_nowait("raise")
