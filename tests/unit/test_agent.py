@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -171,7 +172,7 @@ def asked(answer, address="127.0.0.1"):
 @pytest.mark.parametrize("state", sorted(GUARD_STATES))
 def test_what_a_guard_says_of_itself(state):
     answer = asked(status_answer(state, reason="a\nb", in_flight=2))
-    numbers = {"in_flight": 2, "waiting": 3, "served": 5, "refused": 1, "failed": 0, "version": "f00d"}
+    numbers = {"in_flight": 2, "waiting": 3, "served": 5, "refused": 1, "failed": 0, "version": "f00d", "warning": ""}
     assert answer == Answer(state, "a b", SINCE, numbers)
 
 
@@ -186,10 +187,21 @@ def test_who_waits_is_shown_and_summed_and_old_guards_say_nothing_of_it():
 
 
 def test_a_guard_under_gunicorn_is_understood(tmp_path):
+    """The article's app as printed, which blocks its event loop: that shows on the page."""
     with serving(tmp_path, "App_Http_Server:app", wait=Server.is_ready, SLOT_GUARD_VERSION="f00d") as server:
         instance = Instance("tts-gpu00-0", "tts", "gpu00", 0, "localhost", server.port, 2)
         answer = asyncio.run(ask(instance))
-    assert (answer.state, answer.numbers["in_flight"], answer.numbers["version"]) == ("ready", 0, "f00d")
+        assert (answer.state, answer.numbers["in_flight"], answer.numbers["version"]) == ("ready", 0, "f00d")
+        assert answer.numbers["warning"] == ""
+        assert server.post("/AIVoice/TTS/CosyVoice2/audio-generate")[0] == 200
+        answer = asyncio.run(ask(instance))
+    standing = Standing(answer.state, answer.reason, answer.since, answer.numbers)
+    config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/sock"), (instance,))
+    seen = document(View(config, {instance.id: standing}, frozenset(), "", SINCE, 0.2))
+    (entry,) = seen["instances"]
+    told = r"blocks its event loop, once, for [0-2]\.\d s at worst, in audio_generate \(App_Http_Server\.py, line \d+\)"
+    assert re.fullmatch(told, entry["warning"]), entry
+    assert (entry["state"], entry["reason"], seen["status"]) == ("ready", None, "healthy")
 
 
 def test_a_refused_connection_is_definite():
@@ -278,7 +290,7 @@ def test_a_huge_answer_is_cut_off(head):
 def test_counts_that_make_no_sense_are_left_out():
     answer = asked(status_answer(waiting=None, served="many", failed=-1, version=7))
     assert answer.state == READY
-    assert answer.numbers == {"in_flight": 0, "refused": 1, "version": ""}
+    assert answer.numbers == {"in_flight": 0, "refused": 1, "version": "", "warning": ""}
 
 
 ##### Deciding
@@ -693,7 +705,7 @@ def test_the_status_of_a_healthy_cluster():
     }
     assert seen["instances"][0] == {
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
-        **{"state": "ready", "reason": None, "since": SINCE, "slots": 2, "in_flight": 1},
+        **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "slots": 2, "in_flight": 1},
         **{"waiting": None, "served": 10, "refused": None, "failed": None, "version": None},
     }
     assert health(seen) == "healthy\n"
@@ -741,7 +753,7 @@ def test_a_cluster_is_down_when_nothing_is_ready_and_in_doubt_under_a_warning():
 def test_metrics_are_prometheus_text():
     text = metrics(document(view_of({'tts-"a\\-0': ("g", 0, 2, READY, 1)})), 0.25)
     assert 'gpufleet_instance_in_flight{instance="tts-\\"a\\\\-0",service="tts",host="g"} 1\n' in text
-    assert text.count(',state="') == 8
+    assert text.count(',state="') == 9
     assert "gpufleet_agent_pass_seconds 0.25\n" in text
 
 

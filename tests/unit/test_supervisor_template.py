@@ -19,6 +19,7 @@ from gunicorn.config import Config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from slot_guard import Settings
+from slot_guard.recycling import Wear
 from supervisor.options import ServerOptions, UnhosedConfigParser
 
 from tests.templates.render import render, role_variables
@@ -151,6 +152,12 @@ def test_a_queue_reaches_the_guard_and_without_one_the_program_is_the_same(
     assert (told.queue, told.queue_timeout_seconds) == (4, 9)
     (program,) = programs(fleet({"gpu_count": 1}, queue=0, queue_timeout_seconds=9)).values()
     assert not [name for name in program.environment if "QUEUE" in name]
+
+
+def test_limits_of_recycling_reach_the_guard(programs: Callable[..., dict[str, Any]]) -> None:
+    limits = {"memory_limit_megabytes": 9000, "recycle_after_requests": 500, "recycle_after_seconds": 86400}
+    made = programs(fleet({"gpu_count": 2}, **limits)).values()
+    assert [Settings.from_environment(program.environment).limits for program in made] == [Wear(9000, 500, 86400)] * 2
 
 
 @settings(max_examples=40, deadline=None)

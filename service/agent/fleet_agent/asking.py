@@ -100,7 +100,8 @@ def read_status(head: bytes, body: bytes) -> Answer:
     state = _text(status.get("state")) if isinstance(status, dict) else ""
     if state not in GUARD_STATES or not _is_count(status.get("in_flight")):
         raise ValueError("no state or no in_flight in it")
-    numbers: dict[str, Any] = {"in_flight": status["in_flight"], "version": _text(status.get("version"))}
+    numbers: dict[str, Any] = {"in_flight": status["in_flight"]}
+    numbers.update({name: _text(status.get(name)) for name in ("version", "warning")})
     numbers.update({name: status[name] for name in COUNTS if _is_count(status.get(name))})
     return Answer(state, _text(status.get("reason")), _text(status.get("since")), numbers)
 

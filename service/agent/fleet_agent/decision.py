@@ -10,7 +10,7 @@ READY = "ready"
 DOWN = "down"
 SILENT = "silent"
 
-GUARD_STATES = frozenset({READY, "loading", "suspect", "stopping", "failed"})
+GUARD_STATES = frozenset({READY, "loading", "suspect", "recycling", "stopping", "failed"})
 """What a guard says of itself. Whatever is not ready takes no request."""
 
 MISSES = 2
@@ -26,7 +26,7 @@ class Answer:
     since: str = ""
     """Since when it is so, ISO 8601, where the guard says."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """in_flight, waiting, served, refused, failed and version, as far as the guard told them."""
+    """in_flight, waiting, served, refused, failed, version and warning, as far as the guard told them."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fleet_agent.decision import GUARD_STATES, READY, Standing
 
 DRAINING = "draining"
 DRAINED = "drained"
-STATES = (READY, "loading", "suspect", "stopping", "failed", DRAINING, DRAINED, "down")
+STATES = (READY, "loading", "suspect", "recycling", "stopping", "failed", DRAINING, DRAINED, "down")
 
 _COUNTS = ("in_flight", "waiting", "served", "refused", "failed")
 
@@ -131,6 +131,7 @@ def _entry(view: View, instance: Instance) -> dict[str, Any]:
         "port": instance.port,
         "state": view.state(instance.id),
         "reason": standing.reason or None,
+        "warning": standing.numbers.get("warning") or None,
         "since": standing.since or None,
         "slots": instance.slots,
         **{name: standing.numbers.get(name) for name in _COUNTS},

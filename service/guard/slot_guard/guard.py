@@ -9,14 +9,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from slot_guard import recycling
 from slot_guard.admin import PREFIX, from_gateway, header, is_admin_path, may_ask, metrics_text, seconds_waited
 from slot_guard.breaker import Breaker
 from slot_guard.exchange import Exchange
 from slot_guard.loading import Lifespan, import_app, load_in_thread
 from slot_guard.messages import App, Receive, Scope, Send, error_json, reply, utc_now
+from slot_guard.recycling import UNLIMITED, Wear, resident_megabytes
 from slot_guard.settings import Settings
 from slot_guard.slots import Reservations, Slot, SlotExecutor, Slots, current_slot
 from slot_guard.trip_file import TripFile
@@ -50,6 +53,7 @@ REFUSALS = {
     "full": ("slots_full", 1, "Every slot of this GPU is in use / 该 GPU 的并发已满"),
     "loading": ("loading", 5, "The model is being loaded / 模型加载中"),
     "suspect": ("suspect", 5, "This GPU failed and is being restarted / 该 GPU 发生故障,正在重启"),
+    "recycling": ("recycling", 5, "This GPU starts anew to free memory / 该 GPU 正在重启以释放内存"),
     "stopping": ("stopping", 5, "The service is stopping / 服务正在停止"),
     "failed": ("load_failed", 5, "The service could not be loaded / 服务加载失败"),
 }
@@ -77,6 +81,8 @@ class SlotGuard:
 
     After too many failed requests in a row, or a bad answer to the smoke request, the instance is `suspect`: it refuses
     every request, ends with exit code 3 when its slots are free, and its next process waits before it tries again.
+
+    An instance that has worn out is `recycling`: it leaves in the same way, but nothing has failed and nothing waits.
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class SlotGuard:
     ) -> None:
         """Guard the app that `load` returns (default: the import of settings.app); it is called at lifespan startup.
 
-        `on_failure` is called when the app could not be loaded or was taken out.
+        `on_failure` is called when the app could not be loaded, was taken out or has worn out.
         """
         self.settings = settings
         self.slots = Slots(settings.slots, settings.queue)
@@ -101,6 +107,9 @@ class SlotGuard:
         self._trip_file = TripFile(settings.state_directory, settings.instance, settings.version)
         self._breaker = Breaker(settings.failure_limit, self._trip_file.load())
         self._leaving: asyncio.Task[None] | None = None
+        self._wearing: asyncio.Task[None] | None = None
+        self._worn_out = ""
+        self._misfit = ""
         self._watchdog = LoopWatchdog(settings.app)
         self._running: dict[Exchange, asyncio.Task[None]] = {}
         self._app: App
@@ -123,7 +132,11 @@ class SlotGuard:
             self._loop.call_soon_threadsafe(self.slots.close_queue)
 
     def status(self) -> dict[str, Any]:
-        """The status document of this instance; `reason` says why it was taken out, until that is forgotten."""
+        """The status document of this instance.
+
+        `reason` says why it is recycled, or why it was taken out until that is forgotten; `warning` what is wrong with
+        one that serves.
+        """
         trip = self._breaker.last_trip
         return {
             "instance": self.settings.instance,
@@ -131,7 +144,8 @@ class SlotGuard:
             "app": self.settings.app,
             "state": self.state,
             "since": self.since,
-            "reason": trip and trip.reason,
+            "reason": self._worn_out or (trip and trip.reason),
+            "warning": "; ".join(filter(None, (self._watchdog.warning, self._misfit))) or None,
             "consecutive_failures": self._breaker.failures,
             "trips": trip.count if trip else 0,
             "slots": self.slots.total,
@@ -161,8 +175,9 @@ class SlotGuard:
         self._enter("stopping")
         self.slots.close_queue()
         start.cancel()
-        if self._leaving is not None:
-            self._leaving.cancel()
+        for task in (self._wearing, self._leaving):
+            if task is not None:
+                task.cancel()
         await self.slots.all_free()
         self._watchdog.stop()
         if self._app_lifespan is not None:
@@ -204,6 +219,26 @@ class SlotGuard:
             await finished.wait()
             self._succeed()
         self._enter("ready")
+        self._wearing = asyncio.create_task(self._watch_wear())
+
+    async def _watch_wear(self) -> None:
+        """Recycle the instance once it has worn out: refuse what comes, finish what runs, and start anew."""
+        loop = asyncio.get_running_loop()
+        limits, began = self.settings.limits.for_instance(self.settings.instance), loop.time()
+        if fault := limits.reached(Wear(megabytes=resident_megabytes())):
+            self._misfit = f"{fault}, though nothing was done yet: it is not recycled for its memory"
+            logger.error("%s %s", self.settings.app, self._misfit)
+            limits = replace(limits, megabytes=None)
+        while limits != UNLIMITED and self.state == "ready":
+            await asyncio.sleep(recycling.CHECK_SECONDS)
+            worked = self.requests["served"] + self.requests["failed"]
+            reason = limits.reached(Wear(resident_megabytes(), worked, loop.time() - began))
+            if reason and self.state == "ready" and loop.time() - began >= recycling.LEAST_SECONDS:
+                logger.info("%s %s", self.settings.app, reason)
+                self._worn_out = reason
+                self._enter("recycling")
+                self.slots.close_queue()
+                self._leaving = asyncio.create_task(self._leave())
 
     def _succeed(self) -> None:
         if self._breaker.succeed():
@@ -327,6 +362,6 @@ class SlotGuard:
         reason = "full" if self.state == "ready" else self.state
         code, seconds, message = REFUSALS[reason]
         # To the gateway 429 says "nothing was started here, try another GPU"; to anyone else 503 says "not ready".
-        status = status or (429 if reason in {"full", "suspect"} or from_gateway(scope) else 503)
+        status = status or (429 if reason in {"full", "suspect", "recycling"} or from_gateway(scope) else 503)
         headers = [(b"retry-after", str(seconds).encode()), (b"x-slot-guard", reason.encode())]
         await reply(receive, send, status, error_json(code, message, "not_admitted"), headers=headers)

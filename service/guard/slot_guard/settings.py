@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
+from slot_guard.recycling import UNLIMITED, Wear
 from slot_guard.smoke import Smoke
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -33,6 +34,8 @@ class Settings:
     """Networks whose peers may use the admin endpoints; loopback may always."""
     failure_limit: int = 3
     """Failed requests in a row after which the instance is taken out and restarted."""
+    limits: Wear = UNLIMITED
+    """Where the instance is recycled."""
     smoke: Smoke | None = None
     """Request that the app must answer well before it is ready."""
     state_directory: Path | None = None
@@ -68,9 +71,18 @@ class Settings:
             version=environ.get("SLOT_GUARD_VERSION", ""),
             admin_from=admin_from,
             failure_limit=_whole_number(environ, "SLOT_GUARD_FAILURES", 3),
+            limits=Wear(
+                _limit(environ, "SLOT_GUARD_MEMORY_MEGABYTES"),
+                _limit(environ, "SLOT_GUARD_RECYCLE_REQUESTS"),
+                _limit(environ, "SLOT_GUARD_RECYCLE_SECONDS"),
+            ),
             smoke=smoke_request,
             state_directory=Path(state_directory) if state_directory else None,
         )
+
+
+def _limit(environ: Mapping[str, str], variable: str) -> int | None:
+    return _whole_number(environ, variable, 1) if variable in environ else None
 
 
 def _whole_number(environ: Mapping[str, str], variable: str, default: int, least: int = 1) -> int:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 logger = logging.getLogger("slot_guard")
 
@@ -32,8 +33,17 @@ class LoopWatchdog:
         """The longest of them."""
         self.stack = ""
         """Where the loop's thread was in the first block."""
+        self._place = ""
         self._app = app
         self._stopped = threading.Event()
+
+    @property
+    def warning(self) -> str:
+        """What it saw, in a line; empty when that is nothing."""
+        if not self.blocks:
+            return ""
+        times = "once" if self.blocks == 1 else f"{self.blocks} times"
+        return f"blocks its event loop, {times}, for {self.longest_seconds:.1f} s at worst, in {self._place}"
 
     def start(self) -> None:
         """Watch the running event loop until `stop`."""
@@ -66,6 +76,7 @@ class LoopWatchdog:
         frame = sys._current_frames().get(loop_thread)
         if self.stack or frame is None:
             return
+        self._place = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
         self.stack = "".join(traceback.format_stack(frame, limit=12))
         logger.warning(
             "%s BLOCKS ITS EVENT LOOP: for %g s nothing else was served, health checks included. Its slots cannot be "

@@ -26,7 +26,7 @@ def status_lines(document: Mapping[str, Any]) -> list[str]:
     rows = [
         f"{one['id']}  {one['state']}  {one['in_flight']}/{one['slots']}"
         f"{'  {} waiting'.format(one['waiting']) if one.get('waiting') else ''}  {one['version']}  since {one['since']}"
-        f"  {one.get('reason') or ''}".rstrip()
+        f"  {one.get('reason') or one.get('warning') or ''}".rstrip()
         for one in document.get("instances", [])
     ]
     total = f"{document.get('status', 'unknown')}: {document.get('available_capacity')} of "

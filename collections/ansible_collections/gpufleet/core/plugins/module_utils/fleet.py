@@ -43,6 +43,9 @@ SERVICE_FIELDS: dict[str, Any] = {
     "time_limit_seconds": 300,
     "body_limit_megabytes": 100,
     "failure_limit": 3,
+    "memory_limit_megabytes": None,  # none, as for the two below
+    "recycle_after_requests": None,
+    "recycle_after_seconds": None,
     "smoke": None,  # none
 }
 SMOKE_FIELDS = ("path", "body", "content_type")
@@ -360,7 +363,12 @@ def _service(
         ("time_limit_seconds", 1, 86_400, "Give the longest time one request may take"),
         ("body_limit_megabytes", 1, 102_400, "Give the largest request body"),
         ("failure_limit", 1, 1000, "Give the failed requests in a row after which a GPU is taken out and restarted"),
+        ("memory_limit_megabytes", 64, 16_777_216, "Give the memory at which a process is recycled"),
+        ("recycle_after_requests", 1, 1_000_000_000, "Give the requests after which a process is recycled"),
+        ("recycle_after_seconds", 300, 31_536_000, "Give the time after which a process is recycled"),
     ):
+        if service[key] is None:
+            continue
         number = _whole_number(service[key], low, high, faults, where, key, remedy)
         service[key] = SERVICE_FIELDS[key] if number is None else number
     if service["queue"] and service["queue_timeout_seconds"] >= service["time_limit_seconds"]:
