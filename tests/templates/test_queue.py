@@ -159,7 +159,7 @@ def test_a_client_that_waited_and_leaves_in_mid_work_frees_nothing(trio):
         assert await cluster.count("in_flight") == 4
         his = {"client": "127.0.0.80"}
         refused = await asyncio.gather(*(cluster.post(**his) for _ in range(4)))
-        assert statuses(refused) == {503: 4}, "his four still work"
+        assert statuses(refused) == {200: 2, 503: 2}, "his four still work; the length of a queue is his leeway"
         others = [cluster.post(client=f"127.0.0.{90 + n}") for n in range(8)]
         assert statuses(await asyncio.gather(*others)) == {200: 8}
         assert max(peaks(cluster.events()).values()) == 2
