@@ -22,6 +22,13 @@ def slots(fleet: dict[str, Any], service: dict[str, Any]) -> dict[str, int]:
     return {one["id"]: one["slots"] for one in fleet["instances"] if one["service"] == service["name"]}
 
 
+@pytest.fixture(scope="module")
+def seats(service: dict[str, Any]) -> int:
+    """Requests of the service that are served out of as many at once: those at work, and those in its queues."""
+    count: int = service["capacity"] + service["places"]
+    return count
+
+
 @pytest.fixture
 def ask(url: Callable[..., str], service: dict[str, Any], client_addresses: list[str]) -> Callable[..., list[Answer]]:
     """`ask(20)` asks at once from as many clients; `ask(20, clients=1)` from one."""
@@ -42,19 +49,16 @@ def ids_served(answers: list[Answer]) -> Counter[str]:
 
 
 def test_a_burst_is_served_up_to_the_last_slot(
-    ask: Callable[..., list[Answer]], service: dict[str, Any], slots: dict[str, int], ledger: Callable[[], list[Any]]
+    ask: Callable[..., list[Answer]], seats: int, slots: dict[str, int], ledger: Callable[[], list[Any]]
 ) -> None:
-    capacity = service["capacity"]
-    answers = ask(capacity + 8)
-    assert statuses(answers) == {200: capacity, 503: 8}
+    answers = ask(seats + 8)
+    assert statuses(answers) == {200: seats, 503: 8}
     assert peaks(ledger()) == slots
     assert runs(ledger()) == ids_served(answers)
 
 
-def test_the_refused_are_told_at_once_in_both_languages(
-    ask: Callable[..., list[Answer]], service: dict[str, Any]
-) -> None:
-    refused = [answer for answer in ask(service["capacity"] + 8) if answer.status == 503]
+def test_the_refused_are_told_at_once_in_both_languages(ask: Callable[..., list[Answer]], seats: int) -> None:
+    refused = [answer for answer in ask(seats + 8) if answer.status == 503]
     assert len(refused) == 8
     for answer in refused:
         assert answer.seconds < 1
@@ -73,33 +77,37 @@ def test_a_single_client_gets_its_own_limit(
 
 def test_a_reload_under_load_admits_nothing_more(
     ask: Callable[..., list[Answer]],
-    service: dict[str, Any],
+    seats: int,
     slots: dict[str, int],
     ledger: Callable[[], list[Any]],
     gateway: dict[str, Any],
     on: Callable[[str], Host],
 ) -> None:
-    capacity = service["capacity"]
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(ask, capacity)
+        first = pool.submit(ask, seats)
         time.sleep(0.5)
         assert on(gateway["host"]).run("systemctl reload nginx").rc == 0
-        second = ask(capacity)
-        assert statuses(first.result()) == {200: capacity}
-    assert statuses(second) == {503: capacity}
+        second = ask(seats)
+        assert statuses(first.result()) == {200: seats}
+    assert statuses(second) == {503: seats}
     assert peaks(ledger()) == slots
 
 
 def test_clients_that_hang_up_free_no_card_that_still_works(
-    ask: Callable[..., list[Answer]], service: dict[str, Any], slots: dict[str, int], ledger: Callable[[], list[Any]]
+    ask: Callable[..., list[Answer]],
+    service: dict[str, Any],
+    seats: int,
+    slots: dict[str, int],
+    ledger: Callable[[], list[Any]],
 ) -> None:
-    capacity = service["capacity"]
-    assert statuses(ask(capacity, hang_up_after=HANG_UP_SECONDS)) == {None: capacity}
-    assert statuses(ask(capacity)) == {503: capacity}
+    capacity, places = service["capacity"], service["places"]
+    assert statuses(ask(seats, hang_up_after=HANG_UP_SECONDS)) == {None: seats}
+    # Who waited has left the queues for others, who works holds a slot to the end.
+    assert statuses(ask(seats)) == Counter({200: places, 503: capacity})
     time.sleep(float(service["environment"]["TTS_SIMULATED_SECONDS"]))
     assert statuses(ask(capacity)) == {200: capacity}
     assert peaks(ledger()) == slots
-    assert sum(runs(ledger()).values()) == 2 * capacity
+    assert sum(runs(ledger()).values()) == capacity + places + capacity
     assert set(runs(ledger()).values()) == {1}
 
 
