@@ -11,6 +11,8 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 
 # The controller's environment: a copy of the lock lies in it when it is whole.
 VENV := .venv/requirements.txt
+# Likewise what only the benchmarks need.
+BENCH := .venv/bench-requirements.txt
 LAYERS := lint unit templates molecule-default molecule-mixed molecule-day2
 
 .PHONY: help
@@ -64,6 +66,20 @@ templates: $(VENV) ## Layer 3: rendered configurations, read by the programs the
 molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
+##### Benchmarks
+
+.PHONY: bench
+bench: bench-gateway ## Measure everything anew, about a quarter of an hour
+
+.PHONY: bench-gateway
+bench-gateway: $(BENCH) ## The gateway beside its rivals, into docs/benchmarks
+	@python -m bench gateway
+
+$(BENCH): bench/requirements.txt $(VENV)
+	@uv pip install --quiet --system-certs --require-hashes --requirement bench/requirements.txt \
+	    || pip install --quiet --no-deps --require-hashes --requirement bench/requirements.txt
+	@cp bench/requirements.txt $@
+
 ##### The controller's own environment
 
 $(VENV): requirements.txt
@@ -81,3 +97,6 @@ $(VENV): requirements.txt
 lock: $(VENV) ## Resolve requirements.in anew for Python 3.11 to 3.13
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	    --no-emit-index-url --no-emit-find-links --output-file requirements.txt requirements.in
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --constraint requirements.txt \
+	    --output-file bench/requirements.txt bench/requirements.in

@@ -42,13 +42,14 @@ def provide(packages: Mapping[str, str]) -> None:
     _apt("install", "--yes", "--no-install-recommends", *missing)
 
 
-def unpack(package: str, folder: Path) -> None:
-    """Unpack a Debian package below `folder`: its programs can be run, but no service is installed or started."""
+def unpack(folder: Path, *packages: str) -> None:
+    """Unpack Debian packages below `folder`: their programs can be run, but no service is installed or started."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         _apt("update")
-        _apt("download", package, folder=scratch)
-        run("dpkg-deb", "--extract", *map(str, Path(scratch).glob("*.deb")), str(folder))
+        _apt("download", *packages, folder=scratch)
+        for archive in Path(scratch).glob("*.deb"):
+            run("dpkg-deb", "--extract", str(archive), str(folder))
 
 
 def _apt(*arguments: str, folder: str = ".") -> None:

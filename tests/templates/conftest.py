@@ -38,7 +38,7 @@ def nginx_program() -> str:
     folder = PROJECT / ".cache/nginx"
     program = folder / "usr/sbin/nginx"
     if not program.exists():
-        unpack("nginx", folder)
+        unpack(folder, "nginx")
     return str(program)
 
 
