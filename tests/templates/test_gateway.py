@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import re
 import ssl
 import subprocess
 import time
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from testbed.shell import provide
-from tests.templates.conftest import PORT, article_fleet, running
+from tests.templates.conftest import PORT, ROUTE, article_fleet, running
 
 BUSY = "Over the concurrency limit, please retry later / 超出并发限制,服务器过载,请稍后重试"
 
@@ -337,5 +338,28 @@ def test_a_client_that_hangs_up_keeps_what_still_works_for_it(gateway):
             assert statuses(await cluster.burst(6, clients=1)) == {503: 6}
             assert statuses([await cluster.post(client="127.0.0.99")]) == {200: 1}
             await asyncio.sleep(1)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_at_its_limit_may_ask_again_as_soon_as_it_is_answered(gateway):
+    """It keeps as many connections as it may have requests, and none of them is refused."""
+
+    async def converse(seen):
+        reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
+        for _ in range(300):
+            writer.write(f"POST {ROUTE}generate HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+            head = await reader.readuntil(b"\r\n\r\n")
+            seen.append(int(head.split()[1]))
+            await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", head)[1]))
+        writer.close()
+
+    async def scenario():
+        async with running(gateway, article_fleet(), gateway_worker_processes="4") as cluster:
+            for gpu in cluster.gpus.values():
+                gpu.seconds = 0
+            seen: list[int] = []
+            await asyncio.gather(*(converse(seen) for _ in range(6)))
+            assert collections.Counter(seen) == {200: 1800}
 
     asyncio.run(scenario())
