@@ -37,8 +37,8 @@ def family(pid: int) -> list[int]:
     """A process and all that descend from it."""
     found = [pid]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended meanwhile
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):
                 found.extend(map(int, children.read_text().split()))
     return found
 

@@ -114,13 +114,13 @@ class Gateway:
         return seconds
 
     def start(self) -> None:
-        """Start and wait until it listens."""
+        """Start and wait until it listens and has workers: before these, a signal to reload would end it."""
         foreground = ["-W"] if self.contender.program == "haproxy" else ["-g", "daemon off;"]
         with (self.folder / "output.log").open("w") as output:
             self._process = subprocess.Popen(
                 [*self._call, *foreground], stdout=output, stderr=output, env=self._software.environment
             )
-        while not self._listens():
+        while not (self._listens() and len(self.pids) > 1):
             if self._process.poll() is not None:
                 raise RuntimeError(f"{self.contender.name}: {(self.folder / 'output.log').read_text()[-2000:]}")
             time.sleep(0.01)
