@@ -14,7 +14,10 @@ from bench.gateway.contenders import CONTENDERS
 from bench.stats import Sample
 
 PALETTE = ("#9a9a9a", "#4c78a8", "#f2a541", "#2f9e6e", "#1b6b49")
-COLOURS = {contender.name: colour for contender, colour in zip(CONTENDERS, PALETTE)}
+COLOURS = {
+    "direct": "#dddddd",
+    **{contender.name: colour for contender, colour in zip(CONTENDERS, PALETTE)},
+}
 
 
 def draw(machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> list[str]:
@@ -27,7 +30,7 @@ def draw(machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -
     for name, plot in charts.items():
         figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
         plot(list(axes), results)
-        figure.text(1, 0, where, ha="right", va="bottom", fontsize=6, color="#666666")
+        figure.supxlabel(where, x=1, ha="right", fontsize=6, color="#666666")
         figure.savefig(folder / name, metadata={"Date": None})
         pyplot.close(figure)
     return list(charts)
@@ -35,15 +38,14 @@ def draw(machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -
 
 def _bars(axes: Axes, title: str, groups: Mapping[str, Mapping[str, list[float]]], factor: float = 1) -> None:
     """Bars of contenders side by side for each group: medians, with a line from the lowest to the highest round."""
-    width = 0.8 / len(CONTENDERS)
-    for place, (name, colour) in enumerate(COLOURS.items()):
+    names = [name for name in COLOURS if all(name in by_name for by_name in groups.values())]
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
         for number, by_name in enumerate(groups.values()):
-            if name not in by_name:
-                continue
             sample = Sample(tuple(value * factor for value in by_name[name]))
             error = [[sample.median - sample.low], [sample.high - sample.median]]
             label = name if number == 0 else None
-            axes.bar(number + place * width, sample.median, width, color=colour, label=label, yerr=error)
+            axes.bar(number + place * width, sample.median, width, color=COLOURS[name], label=label, yerr=error)
     axes.set_xticks([number + 0.4 - width / 2 for number in range(len(groups))], list(groups))
     axes.set_title(title, fontsize=9)
 
@@ -63,18 +65,10 @@ def _load(axes: list[Axes], results: Mapping[str, Any]) -> None:
 
 
 def _latency(axes: list[Axes], results: Mapping[str, Any]) -> None:
-    panels = (("whole", "added to an answer, ms"), ("first_byte", "added to a first byte, ms"))
-    for panel, (measure, title) in zip(axes, panels):
-        groups = {}
-        for percent in ("p50", "p99"):
-            seen = _of(results["latency"], f"{measure}_{percent}")
-            direct = seen["direct"]
-            groups[percent] = {
-                name: [value - base for value, base in zip(rounds, direct)] for name, rounds in seen.items()
-            }
-        _bars(panel, title, groups, 1e3)
-    refusals = {percent: _of(results["refusal"], f"refusal_{percent}") for percent in ("p50", "p99")}
-    _bars(axes[2], "a refusal, ms", refusals, 1e3)
+    panels = (("latency", "whole", "an answer"), ("latency", "first_byte", "first byte of a stream"))
+    for panel, (scenario, measure, title) in zip(axes, (*panels, ("refusal", "refusal", "a refusal"))):
+        seen = {percent: _of(results[scenario], f"{measure}_{percent}") for percent in ("p50", "p99")}
+        _bars(panel, f"{title}, ms", seen, 1e3)
     axes[0].legend(fontsize=7)
 
 
@@ -86,9 +80,10 @@ def _size(axes: list[Axes], results: Mapping[str, Any]) -> None:
     )
     sizes = [int(instances) for instances in results["size"]]
     for panel, (measure, title) in zip(axes, panels):
-        for name, colour in COLOURS.items():
+        for contender in CONTENDERS:
+            name = contender.name
             medians = [Sample(tuple(figures[name][measure])).median for figures in results["size"].values()]
-            panel.plot(sizes, medians, marker="o", markersize=3, color=colour, label=name)
+            panel.plot(sizes, medians, marker="o", markersize=3, color=COLOURS[name], label=name)
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xlabel("instances")
