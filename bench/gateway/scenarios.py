@@ -133,8 +133,10 @@ def _percentiles(seen: Figures, rounds: int) -> Figures:
 def latency(arena: Arena, extent: Extent) -> Figures:
     """Seconds of one request, alone: whole, and to the first byte of a stream; through everyone and direct.
 
-    All are asked in turn, request by request, `direct, again` too: what it differs from `direct` by is noise.
+    Every turn asks all of them, in an order of its own: who comes after another one meets what that left to be done.
+    `direct, again` is asked like the others; what it differs from `direct` by is noise.
     """
+    rng = random.Random(1)
     instance = arena.bare.instances[0]
     places = {
         "direct": (instance["address"], instance["port"]),
@@ -148,8 +150,7 @@ def latency(arena: Arena, extent: Extent) -> Figures:
         ("first_byte", "generate?pieces=2&seconds=0.004", extent.streams),
     ):
         for turn in range(number + 10):
-            shift = turn % len(probes)
-            for name, probe in probes[shift:] + probes[:shift]:
+            for name, probe in rng.sample(probes, len(probes)):
                 seconds = getattr(probe, measure)(path)
                 if turn >= 10:  # the first ones warm up
                     _note(seen, name, **{measure: seconds})
@@ -182,12 +183,10 @@ async def _while_held(arena: Arena, seconds: float) -> dict[str, list[float]]:
 def _refusals(arena: Arena, end: float) -> dict[str, list[float]]:
     probes = [(gateway.contender.name, Probe("127.0.0.1", gateway.port)) for gateway in arena.gateways]
     seen: dict[str, list[float]] = {name: [] for name, _ in probes}
-    turn = 0
+    rng = random.Random(1)
     while time.monotonic() < end:
-        shift = turn % len(probes)
-        for name, probe in probes[shift:] + probes[:shift]:
+        for name, probe in rng.sample(probes, len(probes)):
             seen[name].append(probe.refusal("generate"))
-        turn += 1
     return seen
 
 
