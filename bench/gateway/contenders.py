@@ -44,11 +44,13 @@ class Contender:
 
 
 GPUFLEET = Contender("gpufleet")
+GPUFLEET_QUEUE = Contender("gpufleet, queue", queue=12, service={"queue": 2})
 CONTENDERS = (
     Contender("article", "article.conf.j2"),
     Contender("one-tier nginx", "one_tier.conf.j2"),
     Contender("HAProxy", "haproxy.cfg.j2", "haproxy", queue=12),
     GPUFLEET,
+    GPUFLEET_QUEUE,
 )
 
 
