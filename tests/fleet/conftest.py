@@ -4,8 +4,6 @@ A test that takes `instance`, `gpu_host` or `gateway` runs once for each of them
 """
 
 import functools
-import ipaddress
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +15,9 @@ import testinfra
 from testinfra.host import Host
 
 from testbed.fleet import Description, describe
-from testbed.shell import provide, run
 
 from .ledger import Event, parse
+from .load import addresses_of_clients
 
 DESCRIPTION = pytest.StashKey[Description]()
 
@@ -93,17 +91,8 @@ def url(fleet: dict[str, Any]) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def client_addresses(fleet: dict[str, Any]) -> Iterator[list[str]]:
     """Twenty addresses of this machine from which the gateway sees as many clients."""
-    provide({"ip": "iproute2"})
-    gateway = fleet["gateways"][0]["address"]
-    # The bridge of the test bed's network; its hosts are numbered from the bottom.
-    (route,) = json.loads(run("ip", "-json", "route", "get", gateway))
-    network = ipaddress.ip_network(f"{gateway}/24", strict=False)
-    addresses = [str(network[200 + number]) for number in range(20)]
-    for address in addresses:
-        run("ip", "address", "replace", f"{address}/32", "dev", route["dev"])
-    yield addresses
-    for address in addresses:
-        run("ip", "address", "delete", f"{address}/32", "dev", route["dev"])
+    with addresses_of_clients(fleet["gateways"][0]["address"]) as addresses:
+        yield addresses
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+SMOKE = "smoke"  # the request id of the guards' own trial requests, which no client sent
+
 
 class Event(NamedTuple):
     """An inference began or ended. `monotonic` is CLOCK_MONOTONIC in seconds: one clock for all containers."""

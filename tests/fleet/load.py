@@ -1,13 +1,35 @@
 """Many requests at once, each from a client address of its own choice."""
 
 import asyncio
+import ipaddress
+import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+
+from testbed.shell import provide, run
+
+
+@contextmanager
+def addresses_of_clients(gateway: str) -> Iterator[list[str]]:
+    """Lend this machine twenty addresses from which the gateway at an address sees as many clients."""
+    provide({"ip": "iproute2"})
+    # The bridge of the test bed's network; its hosts are numbered from the bottom.
+    (route,) = json.loads(run("ip", "-json", "route", "get", gateway))
+    network = ipaddress.ip_network(f"{gateway}/24", strict=False)
+    addresses = [str(network[200 + number]) for number in range(20)]
+    for address in addresses:
+        run("ip", "address", "replace", f"{address}/32", "dev", route["dev"])
+    try:
+        yield addresses
+    finally:
+        for address in addresses:
+            run("ip", "address", "delete", f"{address}/32", "dev", route["dev"])
 
 
 @dataclass(frozen=True)

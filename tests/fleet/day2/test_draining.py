@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..load import SteadyLoad
-from .conftest import Operator, Page
+from ..operations import Operator, Page
 
 
 def test_a_drained_card_gets_no_request_until_undrained(

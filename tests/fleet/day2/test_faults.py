@@ -11,7 +11,7 @@ from testinfra.host import Host
 from testbed.engine import Engine
 
 from ..load import SteadyLoad, post_at_once
-from .conftest import Operator, Page
+from ..operations import Operator, Page
 
 
 def test_a_stopped_program_is_out_within_two_seconds_and_back_by_itself(

@@ -12,7 +12,7 @@ from testbed.engine import Engine
 from testbed.shell import CommandFailed
 
 from ..load import SteadyLoad, post_at_once
-from .conftest import Inventory, Operator, Page, wait_until, words
+from ..operations import Inventory, Operator, Page, wait_until, words
 
 
 def test_a_host_and_a_card_leave_and_come_back(

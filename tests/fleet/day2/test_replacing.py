@@ -11,7 +11,8 @@ from testbed import PROJECT
 from testbed.shell import CommandFailed
 
 from ..load import SteadyLoad
-from .conftest import Inventory, Operator, Page, Watch, words
+from ..operations import Inventory, Operator, Page, words
+from .conftest import Watch
 
 BROKEN = Path(__file__).with_name("broken")
 

@@ -10,7 +10,7 @@ from testinfra.host import Host
 
 from testbed.shell import CommandFailed
 
-from .conftest import Operator, Page, wait_until, words
+from ..operations import Operator, Page, wait_until, words
 
 
 def test_the_page_tells_the_fleet(page: Page, fleet: dict[str, Any]) -> None:
