@@ -75,6 +75,9 @@ class Gateway:
     def write(self, fleet: dict[str, Any], **variables: Any) -> None:
         """Render the configurations of nginx and of the agent for a fleet."""
         text = self._moved(render("gateway", "nginx.conf.j2", fleet, **variables))
+        rules = [line.split(" ", 6) for line in render("gateway", "tmpfiles.conf.j2", fleet).splitlines()]
+        for _, path, *_, content in (rule for rule in rules if rule[0] == "f"):
+            Path(self._moved(path)).write_text(content.encode().decode("unicode_escape"))
         self.agent_configuration.write_text(self._moved(render("agent", "agent.json.j2", fleet)))
         temporary = "".join(
             f"    {kind}_temp_path {self.folder}/var/lib/nginx/{kind};\n"
@@ -117,6 +120,27 @@ class Gateway:
         while not socket_path.exists():
             assert self.agent.poll() is None, (self.folder / "agent.log").read_text()
             await asyncio.sleep(0.01)
+
+    @contextlib.contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Have the counts renewed when a worker dies, for the length of a block."""
+        files = {"--log": "var/log/nginx/error.log", "--zones": "run/gpufleet-gateway/zones.conf"}
+        files["--pid-file"] = "run/nginx.pid"
+        options = [word for option, file in files.items() for word in (option, str(self.folder / file))]
+        program = subprocess.Popen(
+            [sys.executable, "-m", "fleet_agent.renewal", *options], cwd=PROJECT / "service/agent"
+        )
+        try:
+            yield
+        finally:
+            program.kill()
+            program.wait()
+
+    def kill_workers(self) -> None:
+        """Kill all workers as a crash would."""
+        pid = self._process.pid
+        for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(worker), signal.SIGKILL)
 
     def kill_agent(self) -> None:
         """Kill the agent as a fault would."""
@@ -176,6 +200,11 @@ class Cluster:
     def peak(self) -> int:
         """Most requests that ever ran on one GPU at a time."""
         return max(gpu.peak for gpu in self.gpus.values())
+
+    @property
+    def running(self) -> int:
+        """Requests that the GPUs work on now."""
+        return sum(gpu.running for gpu in self.gpus.values())
 
     @property
     def started(self) -> int:

@@ -33,7 +33,7 @@ options:
     type: path
     required: true
   tmpfiles:
-    description: Text of the tmpfiles.d entry that makes the directories of sockets and flags.
+    description: Text of the tmpfiles.d entry that makes the directories of sockets and flags, and the file of zones.
     type: str
     required: true
   unit_override:
@@ -163,8 +163,9 @@ def main() -> None:
     }
     try:
         if module.check_mode:
-            sockets_can_be_tried = Path(module.params["control_socket"]).parent.is_dir()
-            if differing and sockets_can_be_tried and shutil.which("nginx"):
+            # Where the tmpfiles are yet to be made, nginx would find neither its sockets' directory nor its zones.
+            made = gateway.found[TMPFILES] == gateway.wanted[TMPFILES]
+            if differing and made and shutil.which("nginx"):
                 gateway.validate()
         elif result["changed"]:
             try:
