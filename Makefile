@@ -66,6 +66,10 @@ templates: $(VENV) ## Layer 3: rendered configurations, read by the programs the
 molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
+.PHONY: faults
+faults: envs ## One fault after the other on a fleet of its own under load, into docs/faults.md; half an hour
+	@python -m tests.fleet.faults
+
 ##### Benchmarks
 
 .PHONY: bench

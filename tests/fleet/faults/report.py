@@ -1,0 +1,86 @@
+"""The table of a run, for people in Markdown and for programs in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .matrix import Result
+
+HEADINGS = (
+    "fault",
+    "sent",
+    "served",
+    "refused",
+    "in flight",
+    "died with it",
+    "lost",
+    "twice",
+    "wrong",
+    "unusable",
+    "recovery",
+)
+
+START = """\
+# Faults
+
+Written by `make faults`: {where}. One gateway and three GPU hosts
+with two simulated cards each run as containers on one machine. An inference takes 1 s and a model loads in 2 s, so that
+a recovery is nearly all gpufleet's own time. Every request is reconciled with every inference.
+"""
+
+LEGEND = """\
+- *sent*, *served*, *refused*: requests of clients, those answered with 200, and those told 503 "over the limit".
+- *in flight*: most inferences that ever ran at once on one card, counted there, and the slots that it has.
+- *died with it*: in the hands of the process or host that was hit; told as 502 or 504, or by a cut connection.
+- *lost*: got no proper answer for any other reason. *twice*: ran on two cards. *wrong*: told "over the limit" although
+  it ran, or answered although it did not.
+- *unusable*: slots refused although the page called them free and ready, and for how long.
+- *recovery*: from when the fault was taken away (or, where nobody does that, had struck) until all slots were ready and
+  could be used at once."""
+
+
+def machine() -> dict[str, Any]:
+    """Where and when the run was made."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+    }
+
+
+def cells(result: Result) -> list[str]:
+    """A line of the table."""
+    sums = result.sums
+    unusable = "0"
+    if result.unusable:
+        seconds = "to the end" if result.unusable_seconds is None else f"{result.unusable_seconds:.1f} s"
+        unusable = f"{result.unusable}, {seconds}"
+    recovery = "none" if result.recovery_seconds is None else f"{result.recovery_seconds:.1f} s"
+    counts = (sums.sent, sums.served, sums.refused, f"{result.peak} of {result.slots}", sums.died_with_it)
+    bad = (len(sums.lost), len(sums.twice), len(sums.wrong))
+    return [result.text, *map(str, (*counts, *bad)), unusable, recovery]
+
+
+def markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
+    """The document."""
+    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *(cells(result) for result in results)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    notes = "".join(f"- {result.text}: {result.note}\n" for result in results if result.note)
+    where = f"{about['date']}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']}"
+    return f"{START.format(where=where)}\n{table}\n\n{LEGEND}\n" + (f"\n{notes}" if notes else "")
+
+
+def document(results: Sequence[Result], about: dict[str, Any]) -> str:
+    """The same and every request behind a sum that should be zero, as JSON."""
+    rows = [{**asdict(result), "ok": not result.faults} for result in results]
+    return json.dumps({"machine": about, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
