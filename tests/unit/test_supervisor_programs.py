@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -574,3 +575,14 @@ def test_a_supervisord_that_does_not_come_up_is_named(bare: Bench, monkeypatch: 
     assert f"nothing answers at {bare.socket}" in message
     assert "Unit supervisor.service not found" in message
     assert not bare.file.exists()
+
+
+def test_each_file_of_programs_has_a_drop_in_of_its_own() -> None:
+    """A gateway may be a GPU server too: the agent's must not take the place of the instances'."""
+
+    def path(file: str) -> Path:
+        params = {"service": "supervisor", "path": f"/etc/supervisor/conf.d/{file}"}
+        return supervisor_programs.override_path(SimpleNamespace(params=params))
+
+    folder = Path("/etc/systemd/system/supervisor.service.d")
+    assert [path("gpufleet.conf"), path("fleet-agent.conf")] == [folder / "gpufleet.conf", folder / "fleet-agent.conf"]

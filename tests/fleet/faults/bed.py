@@ -143,7 +143,7 @@ class Fleet:
         """
         # From outside: a container may not mount.
         pid = self.engine.docker("inspect", "--format", "{{.State.Pid}}", self.containers[host]).strip()
-        mounts = ("nsenter", "--target", pid, "--mount", "bash", "-c")
+        mounts = ("nsenter", "--target", pid, "--mount", "--pid", "bash", "-c")
         for folder in folders:
             options = f"size=64k,mode=$(stat -c %a {folder}),uid=$(stat -c %u {folder}),gid=$(stat -c %g {folder})"
             run(*mounts, f"mount -t tmpfs -o {options} tmpfs {folder}")
@@ -154,6 +154,7 @@ class Fleet:
             yield
         finally:
             for folder in folders:
+                self.sh(host, f"rm -f {folder}/filler")  # supervisord ends when it cannot write out what it closes
                 run(*mounts, f"umount --lazy {folder}")
             self.sh(host, reopen)
 

@@ -95,6 +95,14 @@ def agent_killed(fleet: Fleet) -> None:
         fleet.cause_is_gone()
 
 
+@row("kill -9 of supervisord on the gateway")
+def gateway_supervisord_killed(fleet: Fleet) -> None:
+    with fleet.load():
+        fleet.sh(GATEWAY, "kill -9 $(systemctl show --property MainPID --value supervisor)")
+        fleet.cause_is_gone()
+        wait_until(lambda: fleet.sh(GATEWAY, "pgrep --count --full '[f]leet_agent --config' || true") == "1", 20)
+
+
 @row("The gateway loses its power and boots")
 def gateway_reboot(fleet: Fleet) -> None:
     with fleet.load(seconds_after=0), fleet.strike():

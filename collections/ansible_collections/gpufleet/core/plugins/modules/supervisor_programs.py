@@ -93,7 +93,7 @@ options:
     type: str
     default: supervisor
   service_override:
-    description: Text of a systemd drop-in for O(service), such as how long its stop may take.
+    description: Text of a systemd drop-in for O(service), named like O(path), such as how long its stop may take.
     type: str
 author: gpufleet contributors
 """
@@ -625,8 +625,8 @@ def kill_group(group: int) -> list[int]:
 
 
 def override_path(module: AnsibleModule) -> Path:
-    """Return the systemd drop-in of the service."""
-    return Path(f"/etc/systemd/system/{module.params['service']}.service.d/gpufleet.conf")
+    """Return the systemd drop-in of the service. It is named like the programs' file: each of these may have one."""
+    return Path(f"/etc/systemd/system/{module.params['service']}.service.d", Path(module.params["path"]).name)
 
 
 def override_differs(module: AnsibleModule) -> bool:
