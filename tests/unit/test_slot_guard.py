@@ -40,13 +40,13 @@ async def running(guard):
 class Request:
     """One request of a server that, like Gunicorn, cancels its task when the client hangs up."""
 
-    def __init__(self, guard, path="/", kind="http", headers=(), client=("127.0.0.1", 1)):
+    def __init__(self, guard, path="/", kind="http", headers=(), client=("127.0.0.1", 1), method="POST"):
         self.sent = []
         self.stuck = None
         """Set to an event, it holds every send, as a client does who does not read."""
         self._events = asyncio.Queue()
         self._events.put_nowait({"type": "http.request"} if kind == "http" else {"type": "websocket.connect"})
-        scope = {"type": kind, "method": "POST", "path": path, "headers": list(headers), "client": client}
+        scope = {"type": kind, "method": method, "path": path, "headers": list(headers), "client": client}
         self.server = asyncio.create_task(guard(scope, self._events.get, self._send))
 
     async def _send(self, message):

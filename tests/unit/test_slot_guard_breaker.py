@@ -282,6 +282,44 @@ def test_poison_between_good_requests_and_clients_mistakes_do_not(tmp_path, stat
     assert list(tmp_path.iterdir()) == []
 
 
+def announcing(length, *pieces, status=200):
+    """An app whose answers have the length and the pieces that are given, whatever they sum up to."""
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            raise NotImplementedError
+        await send({**START, "status": status, "headers": [(b"Content-Length", str(length).encode())]})
+        for piece in pieces:
+            await send({**END, "body": piece, "more_body": True})
+        await send(END)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("app", "method", "state"),
+    [
+        (announcing(5, b"abc"), "GET", "suspect"),
+        (announcing(5), "GET", "suspect"),
+        (announcing(5, b"abc", b"de"), "GET", "ready"),
+        (announcing(5), "HEAD", "ready"),
+        (announcing(5, status=304), "GET", "ready"),
+    ],
+    ids=["short", "empty", "whole", "no body asked for", "no body allowed"],
+)
+def test_an_answer_shorter_than_announced_is_a_failure(tmp_path, app, method, state):
+    async def play():
+        async with process(tmp_path, app) as instance:
+            for _ in range(3):
+                await asyncio.wait([Request(instance, method=method).server])
+            assert instance.state == state
+            assert instance.status()["failed"] == (3 if state == "suspect" else 0)
+            if state == "suspect":
+                assert instance.status()["reason"] == "3 failed in a row, the last / with half an answer"
+
+    asyncio.run(play())
+
+
 def test_a_clients_mistake_proves_nothing(tmp_path):
     async def play():
         async with process(tmp_path, Moody(500, 404, 500, 404, 500)) as instance:

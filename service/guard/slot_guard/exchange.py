@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from slot_guard.messages import Message, Receive, Send, started, unbuffered
+from slot_guard.messages import Message, Receive, Send, announced, started, unbuffered
 
 
 class Exchange:
@@ -21,6 +21,8 @@ class Exchange:
         """Status code of the answer, once the app has sent one."""
         self.answered = False
         """The app has sent its answer to the end."""
+        self.missing = 0
+        """Bytes that the answer's head has announced and that have not been sent."""
         self.told = False
         """The app has received the disconnect."""
         self.cut = False
@@ -92,9 +94,11 @@ class Exchange:
         """
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.missing = announced(message)
             message = unbuffered(started(message) if self._from_gateway else message)
-        elif message["type"] == "http.response.body" and not message.get("more_body"):
-            self.answered = True
+        elif message["type"] == "http.response.body":
+            self.missing -= len(message.get("body", b""))
+            self.answered = self.answered or not message.get("more_body")
         if self._gone.done():
             return
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -72,8 +72,8 @@ class SlotGuard:
     """An ASGI app that runs another one with a fixed number of slots.
 
     A slot is held until the app has returned and every job that it left in the event loop's default executor has ended.
-    A request counts as `failed` when the app raised, answered with a 5xx status or left its answer unfinished while the
-    client was still there; as `refused` when it was not let in; else as `served`.
+    A request counts as `failed` when the app raised, answered with a 5xx status, or left its answer unfinished or too
+    short, while the client was still there; as `refused` when it was not let in; else as `served`.
 
     Who finds no free slot is refused at once. The gateway may then ask for a slot on behalf of a request; its answer
     comes when it is that one's turn and a slot is kept for it. Only while it waits for this answer does the gateway
@@ -336,7 +336,8 @@ class SlotGuard:
             if not exchange.gone:
                 raise
         finally:
-            unfinished = scope["type"] == "http" and not exchange.answered
+            short = exchange.missing > 0 and scope.get("method") != "HEAD"
+            unfinished = scope["type"] == "http" and (short or not exchange.answered)
             server_error = exchange.status is not None and exchange.status >= 500
             failed = server_error or ((raised is not None or unfinished) and not exchange.gone)
             self.requests["failed" if failed else "served"] += 1
@@ -349,7 +350,8 @@ class SlotGuard:
         """Tell the breaker what a request shows: nothing, when its client left or had asked for something wrong."""
         if failed:
             if not exchange.cut and self._breaker.fail() and self.state == "ready":
-                what = repr(raised) if raised else f"status {exchange.status}"
+                server_error = exchange.status is not None and exchange.status >= 500
+                what = repr(raised) if raised else f"status {exchange.status}" if server_error else "half an answer"
                 self._take_out(f"{self._breaker.failures} failed in a row, the last {scope['path']} with {what}")
         elif scope["type"] == "websocket" or (not exchange.cut and exchange.status and exchange.status < 400):
             self._succeed()

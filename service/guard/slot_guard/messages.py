@@ -35,6 +35,14 @@ def started(message: Message) -> Message:
     return {**message, "status": 503, "headers": [*message.get("headers", ()), (b"x-slot-guard", b"app-429")]}
 
 
+def announced(start: Message) -> int:
+    """Bytes that the head of an answer says will follow; 0 where it does not say, or where none may follow."""
+    if start["status"] in {204, 304}:
+        return 0
+    lengths = [value for name, value in start.get("headers", ()) if name.lower() == b"content-length"]
+    return int(lengths[0]) if lengths and lengths[0].isdigit() else 0
+
+
 def unbuffered(start: Message) -> Message:
     """The `http.response.start` of a stream, which nginx then passes on piece by piece; any other as it is.
 
