@@ -86,7 +86,7 @@ def result(**fields):
 
 
 def test_a_row_as_it_should_be_shows_its_figures():
-    assert cells(result()) == ["A fault", "1", "1", "0", "2 of 2", "0", "0", "0", "0", "0", "1.3 s"]
+    assert cells(result()) == ["A fault", "1", "1", "0", "0", "0", "2 of 2", "0", "0", "0", "0", "0", "1.3 s"]
     assert result().faults == []
 
 

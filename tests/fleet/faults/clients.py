@@ -91,19 +91,20 @@ async def ask(url: str, address: str, name: str, manners: Manners) -> Request:
     # Not verifying what is no TLS spares loading the machine's certificates for every request.
     transport = httpx.AsyncHTTPTransport(local_address=address, verify=False)
     async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=PATIENCE_SECONDS) as session:
-        began = time.monotonic()
+        began, own = time.monotonic(), ""
         try:
             async with (
                 asyncio.timeout(manners.leaves_after),
                 session.stream("POST", url, content=body, headers=headers) as answer,
             ):
+                own = APPS_OWN if "x-simulated" in answer.headers else ""
                 content = await _read(answer, manners)
-                status, error = answer.status_code, _error(content) if answer.status_code != 200 else ""
+                error = own or (_error(content) if answer.status_code != 200 else "")
         except TimeoutError:
             return Request(name, began, time.monotonic(), left=True)
         except httpx.HTTPError as failure:
-            return Request(name, began, time.monotonic(), error=type(failure).__name__)
-        return Request(name, began, time.monotonic(), status, error)
+            return Request(name, began, time.monotonic(), error=own or type(failure).__name__)
+        return Request(name, began, time.monotonic(), answer.status_code, error)
 
 
 async def _slowly(start: bytes, manners: Manners) -> AsyncIterator[bytes]:
@@ -129,9 +130,8 @@ async def _read(answer: httpx.Response, manners: Manners) -> bytes:
 
 
 def _error(content: bytes) -> str:
-    """Type of an error in JSON, or APPS_OWN."""
+    """Type of an error in JSON."""
     try:
-        error = json.loads(content)["error"]
-        return APPS_OWN if error["code"] == APPS_OWN else str(error["type"])
+        return str(json.loads(content)["error"]["type"])
     except (ValueError, KeyError, TypeError):
         return f"no error document: {content[:60]!r}"

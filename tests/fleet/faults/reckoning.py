@@ -11,8 +11,8 @@ from ..ledger import Event, peaks
 OVERLOAD = "cluster_overload"
 """Type of the error that says: nothing was started, come again."""
 
-APPS_OWN = "simulated"
-"""Code of the error that a faulty app answered itself."""
+APPS_OWN = "the app's own"
+"""Stands for whatever a faulty app answered itself."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ HEADINGS = (
     "sent",
     "served",
     "refused",
+    "app's own",
+    "left",
     "in flight",
     "died with it",
     "lost",
@@ -38,8 +40,10 @@ a recovery is nearly all gpufleet's own time. Every request is reconciled with e
 
 LEGEND = """\
 - *sent*, *served*, *refused*: requests of clients, those answered with 200, and those told 503 "over the limit".
+- *app's own*: got the faulty app's own answer. *left*: the client hung up on purpose.
 - *in flight*: most inferences that ever ran at once on one card, counted there, and the slots that it has.
-- *died with it*: in the hands of the process or host that was hit; told as 502 or 504, or by a cut connection.
+- *died with it*: in the hands of the process or host that was hit, told by 502, 504 or a cut connection; or sent while
+  the gateway was down.
 - *lost*: got no proper answer for any other reason. *twice*: ran on two cards. *wrong*: told "over the limit" although
   it ran, or answered although it did not.
 - *unusable*: slots refused although the page called them free and ready, and for how long.
@@ -66,7 +70,8 @@ def cells(result: Result) -> list[str]:
         seconds = "to the end" if result.unusable_seconds is None else f"{result.unusable_seconds:.1f} s"
         unusable = f"{result.unusable}, {seconds}"
     recovery = "none" if result.recovery_seconds is None else f"{result.recovery_seconds:.1f} s"
-    counts = (sums.sent, sums.served, sums.refused, f"{result.peak} of {result.slots}", sums.died_with_it)
+    answers = (sums.sent, sums.served, sums.refused, sums.failed_by_app, sums.left)
+    counts = (*answers, f"{result.peak} of {result.slots}", sums.died_with_it)
     bad = (len(sums.lost), len(sums.twice), len(sums.wrong))
     return [result.text, *map(str, (*counts, *bad)), unusable, recovery]
 

@@ -38,7 +38,7 @@ async def fail(fault, receive, send):
         pass
     body = b'{"error": {"code": "simulated"}}'
     status, length = (200, 1000) if fault == "short" else (int(fault), len(body))
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
+    headers = [(b"content-length", str(length).encode()), (b"x-simulated", fault.encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
