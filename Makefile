@@ -73,11 +73,15 @@ faults: envs ## One fault after the other on a fleet of its own under load, into
 ##### Benchmarks
 
 .PHONY: bench
-bench: bench-gateway ## Measure everything anew, about a quarter of an hour
+bench: bench-gateway bench-rollout ## Measure everything anew, about 40 minutes
 
 .PHONY: bench-gateway
 bench-gateway: $(BENCH) ## The gateway beside its rivals, into docs/benchmarks
 	@python -m bench gateway
+
+.PHONY: bench-rollout
+bench-rollout: $(BENCH) envs ## The roll-out beside other ways to do it, on 20 hosts in Docker, into docs/benchmarks
+	@python -m bench rollout
 
 $(BENCH): bench/requirements.txt $(VENV)
 	@uv pip install --quiet --system-certs --require-hashes --requirement bench/requirements.txt \

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("gateway",)
+BENCHMARKS = ("gateway", "rollout")
 
 
 def main(arguments: list[str]) -> int:

@@ -27,8 +27,8 @@ def missing(names: Iterable[str], listing: str) -> list[str]:
     What is no plain name of a package (with a version, a pattern, one that others provide) counts as missing: apt
     judges that.
     """
-    installed = {name for name, _, state in (line.partition(" ") for line in listing.splitlines()) if state == "installed"}
-    return [name for name in names if name not in installed]
+    states = dict(line.split(" ", 1) for line in listing.splitlines())
+    return [name for name in names if states.get(name) != "installed"]
 
 
 class ActionModule(ActionBase):
