@@ -7,7 +7,6 @@ others find unchanged.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import sys
@@ -81,6 +80,17 @@ class Playbook(Contender):
         return sum(int(changed) for changed, *_ in recap)
 
 
+class Mitogen(Playbook):
+    """site.yml, run with Mitogen's strategy plugin."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Its settings, and where the plugin is."""
+        package = importlib.util.find_spec("ansible_mitogen")
+        assert package and package.origin
+        folder = Path(package.origin).parent / "plugins" / "strategy"
+        return {**super().environment(), "ANSIBLE_STRATEGY_PLUGINS": str(folder)}
+
+
 class Pyinfra(Contender):
     """pyinfra with a deploy of the same steps; the rendered files are those that gpufleet has put on the hosts."""
 
@@ -150,18 +160,8 @@ def _with_hash(release: dict[str, str]) -> dict[str, str]:
     return {key: release[key] for key in ("id", "root", "path", "link", "archive")} | {"sha256": sidecar["sha256"]}
 
 
-def mitogen_strategies() -> str:
-    """Where Mitogen's strategy plugins are."""
-    package = importlib.util.find_spec("ansible_mitogen")
-    assert package and package.origin
-    return os.fspath(Path(package.origin).parent / "plugins" / "strategy")
-
-
 GPUFLEET = Playbook("gpufleet")
 STOCK = Playbook("stock ansible.cfg", {"ANSIBLE_CONFIG": str(HERE / "stock.cfg")})
-MITOGEN = Playbook(
-    "gpufleet with Mitogen",
-    {"ANSIBLE_STRATEGY": "mitogen_linear", "ANSIBLE_STRATEGY_PLUGINS": mitogen_strategies()},
-)
+MITOGEN = Mitogen("gpufleet with Mitogen", {"ANSIBLE_STRATEGY": "mitogen_linear"})
 PYINFRA = Pyinfra()
 CONTENDERS: tuple[Contender, ...] = (GPUFLEET, STOCK, MITOGEN, PYINFRA)

@@ -44,8 +44,8 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
         "on machines of their own the hosts work side by side, and wall times are shorter. CPU seconds say more.",
         "Hosts are containers of the test bed, reached over ssh; every run begins with no connection open. One "
         "gateway; the service is the project's own with its simulated engine. All contenders in turn, in another order "
-        "every round; every figure is the median of the rounds, in brackets the lowest and the highest. CPU on the hosts "
-        "is without what they use at rest.",
+        "every round; every figure is the median of the rounds, in brackets the lowest and the highest. CPU on the "
+        "hosts is without what they use at rest.",
         "- **gpufleet**: site.yml with the project's ansible.cfg.\n"
         "- **stock ansible.cfg**: the same playbook with Ansible's defaults (5 forks, no pipelining).\n"
         "- **gpufleet with Mitogen**: the same playbook, Mitogen's strategy plugin.\n"

@@ -41,9 +41,9 @@ class Extent:
     slowest_rounds: int = 2
     """Rounds of the slowest contender on the large fleet, whose noise is the least."""
 
-    def takes_part(self, contender: Contender, fleet: Fleet, turn: int) -> bool:
+    def takes_part(self, contender: Contender, size: Size, turn: int) -> bool:
         """Tell whether a contender is measured on a fleet in this round."""
-        return contender is not STOCK or fleet.size == self.small or turn < self.slowest_rounds
+        return contender is not STOCK or size == self.small or turn < self.slowest_rounds
 
 
 QUICK = Extent(Size("quick-four", 1, 2, "172.31.96"), Size("quick-twenty", 2, 1, "172.31.97"), rounds=1)
@@ -183,7 +183,7 @@ def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], No
         for name, (fleet, step) in steps.items():
             figures = results.setdefault(name, {one.name: defaultdict(list) for one in CONTENDERS})
             for contender in order:
-                if extent.takes_part(contender, fleet, turn):
+                if extent.takes_part(contender, fleet.size, turn):
                     measured = {measure: round(figure, 3) for measure, figure in step(contender).items()}
                     tell(f"round {turn + 1}, {name}: {contender.name} {measured}")
                     for measure, figure in measured.items():
