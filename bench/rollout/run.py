@@ -25,11 +25,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench rollout", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="try the harness on small fleets; it says little")
     parser.add_argument("--rounds", type=int, help="how often everything is measured")
+    parser.add_argument("--minutes", type=float, help="when to begin no further scenario, but for the first round")
     parser.add_argument("--output", type=Path, help="folder for the results, docs/benchmarks unless --quick")
     options = parser.parse_args(arguments)
     output = options.output or PROJECT / (".cache/benchmarks" if options.quick else "docs/benchmarks")
     extent = QUICK if options.quick else Extent()
-    extent = replace(extent, rounds=options.rounds or extent.rounds)
+    extent = replace(extent, rounds=options.rounds or extent.rounds, minutes=options.minutes or extent.minutes)
     # A process that is told to end unwinds: the hosts that it started end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 

@@ -40,6 +40,8 @@ class Extent:
     rounds: int = 3
     slowest_rounds: int = 2
     """Rounds of the slowest contender on the large fleet, whose noise is the least."""
+    minutes: float = 30
+    """No scenario begins later, but for those of the first round: a busy machine gets fewer rounds."""
 
     def takes_part(self, contender: Contender, size: Size, turn: int) -> bool:
         """Tell whether a contender is measured on a fleet in this round."""
@@ -169,18 +171,24 @@ class Course:
 def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], None]) -> Results:
     """All scenarios, all contenders in turn, in another order every round."""
     results: Results = {}
+    began = time.monotonic()
     courses = {fleet: Course(fleet) for fleet in (small, large)}
+    results["from bare"] = {
+        GPUFLEET.name: {fleet.size.name: [round(course.from_bare, 3)] for fleet, course in courses.items()}
+    }
     steps: Mapping[str, tuple[Fleet, Callable[[Contender], dict[str, float]]]] = {
         "unchanged, small": (small, courses[small].unchanged),
+        "unchanged, large": (large, courses[large].unchanged),
         "add, limited": (large, lambda one: courses[large].add(one, [large.newest, "gateways"])),
         "add": (large, courses[large].add),
-        "unchanged, large": (large, courses[large].unchanged),
     }
     for turn in range(extent.rounds):
         order = [*CONTENDERS[turn % len(CONTENDERS) :], *CONTENDERS[: turn % len(CONTENDERS)]]
         for course in courses.values():
             course.rest()
         for name, (fleet, step) in steps.items():
+            if turn and time.monotonic() - began > extent.minutes * 60:
+                return results
             figures = results.setdefault(name, {one.name: defaultdict(list) for one in CONTENDERS})
             for contender in order:
                 if extent.takes_part(contender, fleet.size, turn):
@@ -188,7 +196,4 @@ def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], No
                     tell(f"round {turn + 1}, {name}: {contender.name} {measured}")
                     for measure, figure in measured.items():
                         figures[contender.name][measure].append(figure)
-    results["from bare"] = {
-        GPUFLEET.name: {fleet.size.name: [round(course.from_bare, 3)] for fleet, course in courses.items()}
-    }
     return results
