@@ -60,6 +60,10 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
                 "The new host is a bare machine with its Debian packages in apt's cache. Serving: the gateway listens "
                 "for the new GPU in its upstream, and its page calls it ready."
             )
+    if machine["load_before"] > machine["cores"] / 2:
+        parts.insert(2, "**The machine was busy with other work meanwhile**: wall times are too long and uneven.")
+    bare = [f"{seen[0]:.0f} s on {name}" for name, seen in results["from bare"][GPUFLEET.name].items()]
+    parts += ["## From bare machines", f"gpufleet, once, until every GPU served: {' hosts, '.join(bare)} hosts."]
     parts += ["## In short", "\n".join(f"- {line}" for line in summary(results))]
     return "\n\n".join(parts) + "\n"
 

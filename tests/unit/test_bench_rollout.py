@@ -86,7 +86,7 @@ def test_the_document_holds_medians_with_their_noise() -> None:
         one.name: {"seconds": [3.0 * place, 1.0 * place, 2.0 * place], "serving": [place, place, place]}
         for place, one in enumerate(CONTENDERS, 1)
     }
-    results = dict.fromkeys(TITLES, figures)
+    results = {**dict.fromkeys(TITLES, figures), "from bare": {GPUFLEET.name: {"four": [44.4], "twenty": [99.5]}}}
     machine = {
         "date": "2026-11-25T21:00+00:00",
         "minutes": 20,
@@ -99,4 +99,6 @@ def test_the_document_holds_medians_with_their_noise() -> None:
     }
     text = document(machine, results, ["rollout.svg"])
     assert table(["", "serving after, s", "whole run, s"], [[GPUFLEET.name, "1.0", "2.0 (1.0 to 3.0)"]]) in text
+    assert "44 s on four hosts, 100 s on twenty hosts" in text and "busy" not in text
+    assert "**The machine was busy" in document({**machine, "load_before": 5.5}, results, [])
     assert "2 s, 2.0 times as fast as a stock ansible.cfg; pyinfra takes 8 s." in summary(results)[0]
