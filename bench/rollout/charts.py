@@ -30,7 +30,7 @@ def draw(machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -
     matplotlib.rcParams.update({"svg.hashsalt": "gpufleet", "svg.fonttype": "none", "font.size": 9})
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 3.4), layout="constrained")
     for panel, (measure, (title, scenarios)) in zip(axes, PANELS.items()):
-        _bars(panel, title, {name: results[name] for name in scenarios}, measure)
+        _bars(panel, title, {name: results[name] for name in scenarios if name in results}, measure)
     axes[0].legend(fontsize=7)
     where = f"{machine['date']}, controller and hosts on {machine['cores']} cores of {machine['cpu']}"
     figure.supxlabel(where, x=1, ha="right", fontsize=6, color="#666666")

@@ -23,6 +23,7 @@ from testbed.shell import run
 FOLDER = PROJECT / ".cache" / "bench" / "rollout"
 GATEWAY = "gw"
 PORT = 9999
+INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")
 KNOWN_BY_GATEWAY = ("etc/nginx/nginx.conf", "etc/gpufleet-agent.json")
 VARIABLES: Mapping[str, Any] = {
     "services": {
@@ -182,10 +183,22 @@ def cpu_seconds_of(group: Path) -> float:
 
 
 @contextmanager
+def _room_for_systemd() -> Iterator[None]:
+    """Let 25 systemds of one user watch files: each takes 5 of the kernel's 128, and boots degraded without them."""
+    found = int(INOTIFY_LIMIT.read_text())
+    INOTIFY_LIMIT.write_text(str(max(found, 1024)))
+    try:
+        yield
+    finally:
+        INOTIFY_LIMIT.write_text(str(found))
+
+
+@contextmanager
 def fleets(*sizes: Size) -> Iterator[list[Fleet]]:
     """Fleets of these sizes, up and bare; they are gone after the block."""
     engine = this_machine()
     with ExitStack() as stack:
+        stack.enter_context(_room_for_systemd())
         made = []
         for size in sizes:
             engine.start()

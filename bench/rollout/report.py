@@ -53,7 +53,7 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
         f"files, and what one has rolled out the others find unchanged. What it does not do: {'; '.join(LEFT_OUT)}.",
         *(f"![{chart.removesuffix('.svg')}]({chart})" for chart in charts),
     ]
-    for scenario, title in TITLES.items():
+    for scenario, title in _measured(results).items():
         parts += [f"## {title}", _table(results[scenario])]
         if scenario.startswith("add"):
             parts.append(
@@ -71,7 +71,7 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
 def summary(results: Results) -> list[str]:
     """How gpufleet compares, in a line for each scenario."""
     lines = []
-    for scenario, title in TITLES.items():
+    for scenario, title in _measured(results).items():
         measure = "serving" if scenario.startswith("add") else "seconds"
         medians = {name: Sample(tuple(seen[measure])).median for name, seen in results[scenario].items()}
         ours, stock, rival = (medians[one.name] for one in (GPUFLEET, STOCK, PYINFRA))
@@ -80,6 +80,11 @@ def summary(results: Results) -> list[str]:
             f"pyinfra takes {rival:.0f} s."
         )
     return lines
+
+
+def _measured(results: Results) -> dict[str, str]:
+    """Titles of the scenarios that there was time for."""
+    return {scenario: title for scenario, title in TITLES.items() if scenario in results}
 
 
 def _table(figures: Mapping[str, Mapping[str, list[float]]]) -> str:

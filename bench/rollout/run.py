@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench rollout", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="try the harness on small fleets; it says little")
     parser.add_argument("--rounds", type=int, help="how often everything is measured")
-    parser.add_argument("--minutes", type=float, help="when to begin no further scenario, but for the first round")
+    parser.add_argument("--minutes", type=float, help="when to begin no further scenario")
     parser.add_argument("--output", type=Path, help="folder for the results, docs/benchmarks unless --quick")
     options = parser.parse_args(arguments)
     output = options.output or PROJECT / (".cache/benchmarks" if options.quick else "docs/benchmarks")

@@ -41,7 +41,7 @@ class Extent:
     slowest_rounds: int = 2
     """Rounds of the slowest contender on the large fleet, whose noise is the least."""
     minutes: float = 30
-    """No scenario begins later, but for those of the first round: a busy machine gets fewer rounds."""
+    """No scenario begins later: a busy machine gets fewer rounds."""
 
     def takes_part(self, contender: Contender, size: Size, turn: int) -> bool:
         """Tell whether a contender is measured on a fleet in this round."""
@@ -178,8 +178,8 @@ def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], No
     }
     steps: Mapping[str, tuple[Fleet, Callable[[Contender], dict[str, float]]]] = {
         "unchanged, small": (small, courses[small].unchanged),
-        "unchanged, large": (large, courses[large].unchanged),
         "add, limited": (large, lambda one: courses[large].add(one, [large.newest, "gateways"])),
+        "unchanged, large": (large, courses[large].unchanged),
         "add": (large, courses[large].add),
     }
     for turn in range(extent.rounds):
@@ -187,7 +187,7 @@ def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], No
         for course in courses.values():
             course.rest()
         for name, (fleet, step) in steps.items():
-            if turn and time.monotonic() - began > extent.minutes * 60:
+            if time.monotonic() - began > extent.minutes * 60:
                 return results
             figures = results.setdefault(name, {one.name: defaultdict(list) for one in CONTENDERS})
             for contender in order:
