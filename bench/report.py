@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.stats import Sample
 
@@ -32,6 +33,16 @@ class Goal:
     text: str
     measured: str
     met: bool
+
+
+def origin(machine: Mapping[str, Any], target: str) -> str:
+    """When, by which target of the Makefile, on what and with which versions it was measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"Measured {machine['date']} by `make {target}` in one run of {machine['minutes']} minutes, on "
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
+        f"{versions}; load before {machine['load_before']}."
+    )
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

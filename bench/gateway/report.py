@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.gateway.contenders import GPUFLEET, GPUFLEET_QUEUE
-from bench.report import Goal, Unit, table
+from bench.report import Goal, Unit, origin, table
 from bench.stats import Sample
 
 US = GPUFLEET.name
@@ -58,12 +58,9 @@ Results = Mapping[str, Any]
 
 def document(machine: Mapping[str, Any], results: Results, charts: list[str]) -> str:
     """The whole report."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         "# The gateway beside its rivals",
-        f"Measured {machine['date']} by `make bench-gateway` in one run of {machine['minutes']} minutes, on "
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-        f"{versions}; load before {machine['load_before']}. Clients, gateway and GPUs share these cores.",
+        f"{origin(machine, 'bench-gateway')} Clients, gateway and GPUs share these cores.",
         "Six simulated GPUs of two slots each on loopback, each a Gunicorn with an app that sleeps and keeps a ledger; "
         "what runs on a GPU is counted there. gpufleet is the configuration that the roles render, with the slot guard "
         "in front of the app, once without and once with two places to wait at each GPU; the rivals have the app "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.report import Unit, table
+from bench.report import Unit, origin, table
 from bench.rollout.contenders import GPUFLEET, PYINFRA, STOCK
 from bench.stats import Sample
 
@@ -35,12 +35,9 @@ Results = Mapping[str, Mapping[str, Mapping[str, list[float]]]]
 
 def document(machine: Mapping[str, Any], results: Results, charts: list[str]) -> str:
     """The whole report."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         "# The roll-out beside other ways to do it",
-        f"Measured {machine['date']} by `make bench-rollout` in one run of {machine['minutes']} minutes, on "
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, Linux {machine['kernel']}, "
-        f"{versions}; load before {machine['load_before']}. Controller and hosts share these cores: "
+        f"{origin(machine, 'bench-rollout')} Controller and hosts share these cores: "
         "on machines of their own the hosts work side by side, and wall times are shorter. CPU seconds say more.",
         "Hosts are containers of the test bed, reached over ssh; every run begins with no connection open. One "
         "gateway; the service is the project's own with its simulated engine. All contenders in turn, in another order "
