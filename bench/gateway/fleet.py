@@ -14,7 +14,7 @@ from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import Program, parse_programs
 
 from bench import PROJECT
-from bench.gateway.rendering import timed_render
+from bench.gateway.rendering import files_made, timed_render
 
 ROUTE = "/AIVoice/TTS/CosyVoice2/"
 SERVICE = {"route": ROUTE, "app": "bench.gateway.simulated_gpu:app", "code": {"source": "."}, "conda_env": "tts"}
@@ -58,8 +58,11 @@ class Templates:
         self._pool.shutdown()
 
     def nginx(self, fleet: dict[str, Any]) -> tuple[str, float]:
-        """The gateway's configuration, and the seconds that rendering it took."""
-        return self._pool.submit(timed_render, "gateway", "nginx.conf.j2", fleet, {}).result()
+        """The gateway's configuration, with what it includes in it, and the seconds that rendering it took."""
+        text, seconds = self._pool.submit(timed_render, "gateway", "nginx.conf.j2", fleet, {}).result()
+        for path, content in self._pool.submit(files_made, fleet).result().items():
+            text = text.replace(f"include {path};", content)
+        return text, seconds
 
     def programs(self, fleet: dict[str, Any], host: str, folder: Path) -> dict[str, Program]:
         """The programs of a host as Supervisor gets them, with their state in `folder`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tests.templates.render import render
+from tests.templates.render import files_made, render
+
+__all__ = ["files_made", "timed_render"]
 
 
 def timed_render(role: str, template: str, fleet: dict[str, Any], variables: dict[str, Any]) -> tuple[str, float]:

@@ -20,7 +20,7 @@ from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 
 from testbed.shell import unpack
 from tests.templates.gpu import SimulatedGpu
-from tests.templates.render import PROJECT, render
+from tests.templates.render import PROJECT, files_made, render
 
 # Several checkouts may be tested on one machine at a time: each has a loopback network and a port of its own.
 NETWORK = f"127.{16 + os.getpid() % 200}"
@@ -75,9 +75,8 @@ class Gateway:
     def write(self, fleet: dict[str, Any], **variables: Any) -> None:
         """Render the configurations of nginx and of the agent for a fleet."""
         text = self._moved(render("gateway", "nginx.conf.j2", fleet, **variables))
-        rules = [line.split(" ", 6) for line in render("gateway", "tmpfiles.conf.j2", fleet).splitlines()]
-        for _, path, *_, content in (rule for rule in rules if rule[0] == "f"):
-            Path(self._moved(path)).write_text(content.encode().decode("unicode_escape"))
+        for path, content in files_made(fleet).items():
+            Path(self._moved(path)).write_text(content)
         self.agent_configuration.write_text(self._moved(render("agent", "agent.json.j2", fleet)))
         temporary = "".join(
             f"    {kind}_temp_path {self.folder}/var/lib/nginx/{kind};\n"

@@ -32,3 +32,10 @@ def render(role: str, template: str, fleet: dict[str, Any], **variables: Any) ->
     text = (folder / "templates" / template).read_text()
     rendered: str = templar.copy_with_new_env().template(trust_as_template(text))
     return rendered
+
+
+def files_made(fleet: dict[str, Any]) -> dict[str, str]:
+    """The files that the gateway's tmpfiles.d entry makes, by path."""
+    lines = render("gateway", "tmpfiles.conf.j2", fleet).splitlines()
+    rules = [line.split(" ", 6) for line in lines if line.startswith("f ")]
+    return {path: text.encode().decode("unicode_escape") for _, path, *_, text in rules}
