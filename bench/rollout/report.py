@@ -59,8 +59,9 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
             )
     if machine["load_before"] > machine["cores"] / 2:
         parts.insert(2, "**The machine was busy with other work meanwhile**: wall times are too long and uneven.")
-    bare = [f"{seen[0]:.0f} s on {name}" for name, seen in results["from bare"][GPUFLEET.name].items()]
-    parts += ["## From bare machines", f"gpufleet, once, until every GPU served: {' hosts, '.join(bare)} hosts."]
+    if "from bare" in results:
+        bare = [f"{seen[0]:.0f} s on {name} hosts" for name, seen in results["from bare"][GPUFLEET.name].items()]
+        parts += ["## From bare machines", f"gpufleet, once: {', '.join(bare)}."]
     parts += ["## In short", "\n".join(f"- {line}" for line in summary(results))]
     return "\n\n".join(parts) + "\n"
 

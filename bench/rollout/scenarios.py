@@ -177,9 +177,9 @@ def measure(small: Fleet, large: Fleet, extent: Extent, tell: Callable[[str], No
         GPUFLEET.name: {fleet.size.name: [round(course.from_bare, 3)] for fleet, course in courses.items()}
     }
     steps: Mapping[str, tuple[Fleet, Callable[[Contender], dict[str, float]]]] = {
-        "unchanged, small": (small, courses[small].unchanged),
-        "add, limited": (large, lambda one: courses[large].add(one, [large.newest, "gateways"])),
         "unchanged, large": (large, courses[large].unchanged),
+        "add, limited": (large, lambda one: courses[large].add(one, [large.newest, "gateways"])),
+        "unchanged, small": (small, courses[small].unchanged),
         "add": (large, courses[large].add),
     }
     for turn in range(extent.rounds):
