@@ -26,8 +26,8 @@ def main() -> int:
         for name, row in ROWS.items():
             print(f"{name:<28} {row.text}")
         return 0
-    results = matrix(options.only or list(ROWS))
     where = report.machine()
+    results = matrix(options.only or list(ROWS))
     if not options.only:
         (DOCUMENTS / "faults.md").write_text(report.markdown(results, where))
         (DOCUMENTS / "faults.json").write_text(report.document(results, where))

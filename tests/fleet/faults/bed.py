@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,31 @@ class Fleet:
         """From now on the fleet has to recover: the row has taken its fault away."""
         self.cause_gone = time.monotonic()
 
+    @contextmanager
+    def broken(self, host: str, break_it: str, mend: str, *, outside: bool = False) -> Iterator[None]:
+        """Have something broken for the length of a block, by commands on a host or, `outside`, by docker's verbs."""
+
+        def do(command: str) -> None:
+            if outside:
+                self.engine.docker(command, self.containers[host])
+            else:
+                self.sh(host, command)
+
+        do(break_it)
+        try:
+            yield
+        finally:
+            do(mend)
+            self.cause_is_gone()
+
     def wait_until_out(self, *instances: str, seconds: float = 10) -> None:
         """Return once the page says of all of these that they get no request."""
         wait_until(lambda: "ready" not in {self.states().get(name, "ready") for name in instances}, seconds)
 
-    def set_fault(self, host: str, gpu: int, fault: str) -> None:
-        """Have a card's app fail in this way from now on; an empty one ends it."""
+    def sick(self, host: str, gpu: int, fault: str) -> AbstractContextManager[None]:
+        """Have a card's app fail in a way for the length of a block."""
         file = f"{self.service['environment']['SIMULATED_FAULTS']}/{self.instance(host, gpu)['device']}"
-        text = f"mkdir -p $(dirname {file}) && echo {fault} >{file}" if fault else f"rm -f {file}"
-        self.sh(host, text)
+        return self.broken(host, f"mkdir -p $(dirname {file}) && echo {fault} >{file}", f"rm -f {file}")
 
     @contextmanager
     def programs_edited(self, host: str, edit: str, file: str = "gpufleet.conf") -> Iterator[None]:

@@ -33,9 +33,12 @@ HEADINGS = (
 START = """\
 # Faults
 
-Written by `make faults`: {where}. One gateway and three GPU hosts
-with two simulated cards each run as containers on one machine. An inference takes 1 s and a model loads in 2 s, so that
-a recovery is nearly all gpufleet's own time. Every request is reconciled with every inference.
+Written by `make faults`:
+{where}.
+
+One gateway and three GPU hosts with two simulated cards each run as containers on that one machine. An inference takes
+1 s and a model loads in 2 s, so that a recovery is nearly all gpufleet's own time, or the machine's. Every request is
+reconciled with every inference.
 """
 
 LEGEND = """\
@@ -52,13 +55,14 @@ LEGEND = """\
 
 
 def machine() -> dict[str, Any]:
-    """Where and when the run was made."""
+    """Where and when a run begins, and what the machine has to do already."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
+        "load_before": round(os.getloadavg()[0], 1),
     }
 
 
@@ -81,7 +85,10 @@ def markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
     lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *(cells(result) for result in results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = "".join(f"- {result.text}: {result.note}\n" for result in results if result.note)
-    where = f"{about['date']}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']}"
+    where = (
+        f"{about['date']}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']}, with a load of "
+        f"{about['load_before']} by others"
+    )
     return f"{START.format(where=where)}\n{table}\n\n{LEGEND}\n" + (f"\n{notes}" if notes else "")
 
 

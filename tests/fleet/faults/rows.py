@@ -35,7 +35,7 @@ def hang_ups(fleet: Fleet) -> None:
     fleet.cause_is_gone()
 
 
-@row("Clients take 5 s to read 20 MB each, or take a stream in sips")
+@row("Clients take 5 s to read 20 MB each")
 def slow_readers(fleet: Fleet) -> None:
     slow = Manners(answer_megabytes=20, read_seconds=5)
     with fleet.load(4, seconds_before=0), fleet.clients(6, slow, first=4):
@@ -69,23 +69,32 @@ def reload_storm(fleet: Fleet) -> None:
 
 @row("kill -9 of one nginx worker")
 def nginx_worker_killed(fleet: Fleet) -> None:
-    with fleet.load(), fleet.strike():
-        fleet.sh(GATEWAY, "kill -9 $(pgrep --parent $(cat /run/nginx.pid) | head -1)")
+    with fleet.load():
+        kill_nginx_workers(fleet, "| head -1")
 
 
 @row("kill -9 of all nginx workers")
 def nginx_workers_killed(fleet: Fleet) -> None:
-    with fleet.load(), fleet.strike():
-        fleet.sh(GATEWAY, "kill -9 $(pgrep --parent $(cat /run/nginx.pid))")
+    with fleet.load():
+        kill_nginx_workers(fleet)
 
 
-@row("kill -9 of all nginx workers, three times within 6 s")
+@row("kill -9 of all nginx workers, three times within some seconds")
 def nginx_workers_killed_again(fleet: Fleet) -> None:
     with fleet.load():
         for _ in range(3):
-            with fleet.strike():
-                fleet.sh(GATEWAY, "kill -9 $(pgrep --parent $(cat /run/nginx.pid))")
-            time.sleep(2)
+            kill_nginx_workers(fleet)
+            time.sleep(1)
+
+
+def kill_nginx_workers(fleet: Fleet, chosen: str = "") -> None:
+    """Kill workers, and wait until the gateway counts anew: until then their slots are lost."""
+    zones = "cat /run/gpufleet-gateway/zones.conf"
+    before = fleet.sh(GATEWAY, zones)
+    with fleet.strike():
+        fleet.sh(GATEWAY, f"kill -9 $(pgrep --parent $(cat /run/nginx.pid) {chosen})")
+    wait_until(lambda: fleet.sh(GATEWAY, zones) != before, 10)
+    fleet.note = f"the gateway counted anew {time.monotonic() - fleet.cause_gone:.1f} s after"
 
 
 @row("kill -9 of the agent")
@@ -163,11 +172,8 @@ def app_429(fleet: Fleet) -> None:
 
 def sick_card(fleet: Fleet, fault: str) -> None:
     """Have one card's app fail in a way, for so long that the breaker must act."""
-    with fleet.load(10, seconds_after=0):
-        fleet.set_fault("gpu03", 1, fault)
+    with fleet.load(10, seconds_after=0), fleet.sick("gpu03", 1, fault):
         time.sleep(6)
-        fleet.set_fault("gpu03", 1, "")
-        fleet.cause_is_gone()
 
 
 @row("An app whose answers are shorter than announced, on one card")
@@ -183,53 +189,40 @@ def garbage(fleet: Fleet) -> None:
         "h = type('H', (s.StreamRequestHandler,), {'handle': lambda r: (r.request.recv(9999), r.request.send(b'?'))}); "
         f"s.ThreadingTCPServer(('', {target['port']}), h).serve_forever()"
     )
-    with fleet.load(10, seconds_after=0):
-        with fleet.strike(target["id"]):
-            fleet.sh("gpu03", f"supervisorctl stop {target['program']}")
-            fleet.sh("gpu03", f'python3 -c "{server}" >/dev/null 2>&1 & echo $! >/run/garbage.pid')
-            fleet.wait_until_out(target["id"])
-            time.sleep(2)
-            wait_until(lambda: fleet.states().get(target["id"]) != "ready", 10)
-        fleet.sh("gpu03", "kill $(cat /run/garbage.pid)")
-        fleet.sh("gpu03", f"supervisorctl start {target['program']} || true")
-        fleet.cause_is_gone()
+    start = f'supervisorctl stop {target["program"]}; python3 -c "{server}" >/dev/null 2>&1 & echo $! >/run/garbage.pid'
+    stop = f"kill $(cat /run/garbage.pid); supervisorctl start {target['program']}"
+    with fleet.load(10, seconds_after=0), fleet.broken("gpu03", start, stop), fleet.strike(target["id"]):
+        time.sleep(6)
+        assert fleet.states().get(target["id"]) == "down"
 
 
 @row("A GPU host is frozen for 10 s")
 def host_frozen(fleet: Fleet) -> None:
-    with fleet.load(seconds_after=0):
-        with fleet.strike(*fleet.instances("gpu02")):
-            fleet.engine.docker("pause", fleet.containers["gpu02"])
-            fleet.wait_until_out(*fleet.instances("gpu02"))
-        time.sleep(7)
-        fleet.engine.docker("unpause", fleet.containers["gpu02"])
-        fleet.cause_is_gone()
-        time.sleep(2)
+    with fleet.load(), fleet.broken("gpu02", "pause", "unpause", outside=True):
+        host_away(fleet, 10)
 
 
 @row("A GPU host is unreachable for 30 s: its packets are dropped")
 def host_unreachable(fleet: Fleet) -> None:
-    table = "nft add table inet faults"
+    drop = "nft add table inet faults"
     for hook in ("input", "output"):
-        table += f" && nft add chain inet faults {hook} '{{ type filter hook {hook} priority -300; policy drop; }}'"
-    with fleet.load(seconds_after=0):
-        with fleet.strike(*fleet.instances("gpu02")):
-            fleet.sh("gpu02", table)
-            fleet.wait_until_out(*fleet.instances("gpu02"))
-        time.sleep(27)
-        fleet.sh("gpu02", "nft delete table inet faults")
-        fleet.cause_is_gone()
+        drop += f" && nft add chain inet faults {hook} '{{ type filter hook {hook} priority -300; policy drop; }}'"
+    with fleet.load(), fleet.broken("gpu02", drop, "nft delete table inet faults"):
+        host_away(fleet, 30)
 
 
 @row("A GPU host loses its power, and boots 10 s later")
 def host_off(fleet: Fleet) -> None:
-    with fleet.load(seconds_after=0):
-        with fleet.strike(*fleet.instances("gpu02")):
-            fleet.engine.docker("kill", fleet.containers["gpu02"])
-            fleet.wait_until_out(*fleet.instances("gpu02"))
-        time.sleep(8)
-        fleet.engine.docker("start", fleet.containers["gpu02"])
-        fleet.cause_is_gone()
+    with fleet.load(), fleet.broken("gpu02", "kill", "start", outside=True):
+        host_away(fleet, 10)
+
+
+def host_away(fleet: Fleet, seconds: float) -> None:
+    """Have the host be away for so long; until the agent knows, requests may go there."""
+    began = time.monotonic()
+    with fleet.strike(*fleet.instances("gpu02")):
+        fleet.wait_until_out(*fleet.instances("gpu02"))
+    time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
 @row("A host's models take 60 s to load")
@@ -299,8 +292,7 @@ def rolling_update(fleet: Fleet) -> None:
     target = fleet.instance("gpu03", 1)
 
     def break_something() -> None:
-        with fleet.strike():
-            fleet.sh(GATEWAY, "kill -9 $(pgrep --parent $(cat /run/nginx.pid))")
+        kill_nginx_workers(fleet)
         with fleet.strike(target["id"]):
             fleet.sh("gpu03", f"kill -9 $(pgrep --parent $(supervisorctl pid {target['program']}))")
 
