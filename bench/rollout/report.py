@@ -57,6 +57,8 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
                 "The new host is a bare machine with its Debian packages in apt's cache. Serving: the gateway listens "
                 "for the new GPU in its upstream, and its page calls it ready."
             )
+    if "note" in machine:
+        parts.insert(2, machine["note"])
     if machine["load_before"] > machine["cores"] / 2:
         parts.insert(2, "**The machine was busy with other work meanwhile**: wall times are too long and uneven.")
     if "from bare" in results:

@@ -100,5 +100,6 @@ def test_the_document_holds_medians_with_their_noise() -> None:
     text = document(machine, results, ["rollout.svg"])
     assert table(["", "serving after, s", "whole run, s"], [[GPUFLEET.name, "1.0", "2.0 (1.0 to 3.0)"]]) in text
     assert "44 s on four hosts, 100 s on twenty hosts" in text and "busy" not in text
-    assert "**The machine was busy" in document({**machine, "load_before": 5.5}, results, [])
+    busy = document({**machine, "load_before": 5.5, "note": "Cut short."}, results, [])
+    assert "**The machine was busy" in busy and "\n\nCut short.\n\n" in busy
     assert "2 s, 2.0 times as fast as a stock ansible.cfg; pyinfra takes 8 s." in summary(results)[0]
