@@ -4,7 +4,7 @@ import pytest
 
 from tests.fleet.faults.matrix import Result
 from tests.fleet.faults.reckoning import APPS_OWN, OVERLOAD, Request, Strike, most_in_flight, reckon
-from tests.fleet.faults.report import cells, document, machine, markdown
+from tests.fleet.faults.report import cells, document, machine, markdown, merged
 from tests.fleet.ledger import Event
 
 
@@ -79,9 +79,9 @@ def test_killed_work_counts_as_long_as_it_may_have_run():
     assert most_in_flight(sorted(killed + again), 1.0) == {"a": 1}
 
 
-def result(**fields):
+def result(name="row", **fields):
     sums = reckon([asked()], fields.pop("events", ran()), [])
-    whole = {"name": "row", "text": "A fault", "sums": sums, "peak": 2, "slots": 2, "unusable": 0}
+    whole = {"name": name, "text": "A fault", "sums": sums, "peak": 2, "slots": 2, "unusable": 0, "load": 1.5}
     return Result(**{**whole, "unusable_seconds": 0.0, "recovery_seconds": 1.26, **fields})
 
 
@@ -109,6 +109,15 @@ def test_slots_that_stay_away_are_told_with_their_time():
 
 
 def test_the_document_has_a_line_for_each_row_and_says_where_it_was_made():
-    text = markdown([result(), result(note="so it was")], machine())
-    assert text.count("| A fault |") == 2 and "- A fault: so it was" in text and machine()["kernel"] in text
-    assert '"ok": true' in document([result()], machine())
+    text = markdown([result(date="2026-01-02"), result(date="2026-01-01", note="so it was")], machine())
+    assert text.count("| A fault |") == 2 and "- A fault: so it was" in text
+    assert "2026-01-01 to 2026-01-02" in text and machine()["kernel"] in text
+
+
+def test_rows_that_are_run_anew_take_the_place_of_what_the_table_had():
+    here = machine()
+    earlier = document([result("a"), result("b", events=[]), result("gone")], here)
+    now = [result("b", note="new")]
+    assert merged(earlier, now, here, ["b", "a", "c"]) == [*now, result("a")]
+    assert merged(earlier, now, {**here, "cores": 999}, ["b", "a", "c"]) == now, "another machine's rows are others"
+    assert merged("", now, here, ["b", "a", "c"]) == now

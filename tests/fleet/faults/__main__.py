@@ -13,25 +13,32 @@ from . import report, rows
 from .bed import standing
 from .matrix import ROWS, Result, run
 
-DOCUMENTS = PROJECT / "docs"
+JSON = PROJECT / "docs" / "faults.json"
+MARKDOWN = JSON.with_suffix(".md")
 
 
 def main() -> int:
     """Run rows; the exit code tells whether all of them were as they should be."""
     parser = argparse.ArgumentParser(prog="tests.fleet.faults", description=about_matrix)
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help="run these rows, and write nothing")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=ROWS,
+        metavar="NAME",
+        help="run these rows; of the others the table keeps what it has",
+    )
     parser.add_argument("--list", action="store_true", help="name all rows")
     options = parser.parse_args()
     if options.list:
         for name, row in ROWS.items():
             print(f"{name:<28} {row.text}")
         return 0
-    where = report.machine()
+    about = report.machine()
     results = matrix(options.only or list(ROWS))
-    if not options.only:
-        (DOCUMENTS / "faults.md").write_text(report.markdown(results, where))
-        (DOCUMENTS / "faults.json").write_text(report.document(results, where))
-    print(report.markdown(results, where))
+    earlier = JSON.read_text() if JSON.exists() else ""
+    table = report.merged(earlier, results, about, ROWS)
+    JSON.write_text(report.document(table, about))
+    MARKDOWN.write_text(report.markdown(table, about))
     bad = [result for result in results if result.faults]
     for result in bad:
         print(f"{result.name}: {'; '.join(result.faults)}", file=sys.stderr)

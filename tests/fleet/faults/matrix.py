@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 from ..operations import wait_until
 from .bed import GATEWAY, PROBE_SECONDS, Fleet, Watch
@@ -56,6 +58,10 @@ class Result:
     """For how long at most; None if to the end."""
     recovery_seconds: float | None
     """From when the fault was over, or had struck, until every slot was used; None if it did not come to that."""
+    date: str = ""
+    """When it was run, ISO 8601."""
+    load: float | None = None
+    """What the machine had to do already: its load average before the row."""
     note: str = ""
     """What else is worth knowing."""
     trouble: str = ""
@@ -79,6 +85,7 @@ class Result:
 def run(fleet: Fleet, chosen: Row) -> Result:
     """Have one fault happen; the fleet is whole before and, by force if need be, after."""
     fleet.begin()
+    date, load = datetime.now(timezone.utc).isoformat(timespec="minutes"), round(os.getloadavg()[0], 1)
     trouble = ""
     with Watch(fleet) as watch:
         try:
@@ -103,6 +110,8 @@ def run(fleet: Fleet, chosen: Row) -> Result:
         unusable=unusable,
         unusable_seconds=unusable_seconds if recovered else None,
         recovery_seconds=max(0.0, recovered - fleet.cause_gone) if recovered else None,
+        date=date,
+        load=load,
         note=fleet.note,
         trouble=trouble,
     )

@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .matrix import Result
+from .reckoning import Reckoning
 
 HEADINGS = (
     "fault",
@@ -33,8 +33,7 @@ HEADINGS = (
 START = """\
 # Faults
 
-Written by `make faults`:
-{where}.
+Written by `make faults`: {where}.
 
 One gateway and three GPU hosts with two simulated cards each run as containers on that one machine. An inference takes
 1 s and a model loads in 2 s, so that a recovery is nearly all gpufleet's own time, or the machine's. Every request is
@@ -55,15 +54,27 @@ LEGEND = """\
 
 
 def machine() -> dict[str, Any]:
-    """Where and when a run begins, and what the machine has to do already."""
+    """What a run is made on."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
-        "load_before": round(os.getloadavg()[0], 1),
     }
+
+
+def merged(earlier: str, results: Iterable[Result], about: dict[str, Any], names: Iterable[str]) -> list[Result]:
+    """Rows of these names in their order: those of now, and of an earlier JSON of the same machine the others."""
+    known = json.loads(earlier) if earlier else {"machine": about, "rows": []}
+    rows = known["rows"] if known["machine"] == about else []
+    found = {row["name"]: _result(row) for row in rows} | {result.name: result for result in results}
+    return [found[name] for name in names if name in found]
+
+
+def _result(row: dict[str, Any]) -> Result:
+    """A row of the JSON."""
+    sums = {key: tuple(value) if isinstance(value, list) else value for key, value in row["sums"].items()}
+    return Result(**{**{key: value for key, value in row.items() if key != "ok"}, "sums": Reckoning(**sums)})
 
 
 def cells(result: Result) -> list[str]:
@@ -85,9 +96,11 @@ def markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
     lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *(cells(result) for result in results)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = "".join(f"- {result.text}: {result.note}\n" for result in results if result.note)
+    dates = sorted({result.date for result in results})
+    loads = sorted(result.load for result in results if result.load is not None)
     where = (
-        f"{about['date']}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']}, with a load of "
-        f"{about['load_before']} by others"
+        f"{dates[0]} to {dates[-1]}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']},\n"
+        f"whose load average before a row was {loads[0]} to {loads[-1]}, nearly all of it by others"
     )
     return f"{START.format(where=where)}\n{table}\n\n{LEGEND}\n" + (f"\n{notes}" if notes else "")
 
