@@ -82,10 +82,8 @@ def test_a_sink_is_out_after_three_requests_and_back_when_it_is_good_again(super
     assert reason == "3 failed in a row, the last /speak with status 500"
 
     # The next process waits 5 s, tells why, finds its smoke request failing and goes; the one after it waits 10 s.
-    wait_for(lambda: "Worker failed to boot" in server.log or state(server) is None, 10)
-    wait_for(lambda: state(server) == ("suspect", 1), 10)
-    assert server.status()["reason"] == reason
-    assert time.monotonic() - begun < 7
+    # Asked of the log: on a busy machine little of the 5 s is left once it has started.
+    wait_for(lambda: f"taken out 1 times in a row ({reason}): waiting" in server.log, 15)
     wait_for(lambda: state(server) == ("suspect", 2), 15)
     assert time.monotonic() - begun > 4.9
     assert calls(folder)[known:] == ["-", "-", "-", "smoke"]
