@@ -24,11 +24,17 @@ HERE = Path(__file__).parent
 GATEWAY_FILES = (
     "etc/gpufleet-agent.json",
     "etc/supervisor/conf.d/fleet-agent.conf",
+    "etc/systemd/system/supervisor.service.d/fleet-agent.conf",
     "etc/tmpfiles.d/gpufleet-gateway.conf",
     "etc/systemd/system/nginx.service.d/gpufleet.conf",
     "etc/nginx/nginx.conf",
 )
-GPU_FILES = ("etc/supervisor/conf.d/gpufleet.conf", "etc/systemd/system/supervisor.service.d/gpufleet.conf")
+GPU_FILES = (
+    "etc/supervisor/conf.d/gpufleet.conf",
+    "etc/systemd/system/supervisor.service.d/gpufleet.conf",
+    "etc/gpufleet-firewall.nft",
+    "etc/systemd/system/gpufleet-firewall.service",
+)
 
 
 class Unexpected(RuntimeError):

@@ -68,14 +68,14 @@ def put(name: str, mode: str = "644") -> Any:
     return files.put(name=f"Write {name}", src=f"{host.data.files}/{name}", dest=f"/{name}", mode=mode)
 
 
-def user() -> None:
-    """Have the user that everything runs as."""
+def user(name: str, comment: str) -> None:
+    """Have the user that programs run as."""
     server.user(
         name="Create the user",
-        user="gpufleet",
-        comment="GPU instances",
+        user=name,
+        comment=comment,
         system=True,
-        home="/var/lib/gpufleet",
+        home=f"/var/lib/{name}",
         create_home=True,
         shell="/usr/sbin/nologin",
     )
@@ -92,8 +92,18 @@ def programs(*changes: Any) -> None:
 
 
 if "gpu_servers" in host.groups:
-    user()
-    packages("supervisor")
+    user("gpufleet", "GPU instances")
+    packages("supervisor", "nftables")
+    rules = put("etc/gpufleet-firewall.nft")
+    unit = put("etc/systemd/system/gpufleet-firewall.service")
+    systemd.daemon_reload(name="Read the firewall's unit", _if=unit.did_change)
+    systemd.service(name="Have the firewall", service="gpufleet-firewall", running=True, enabled=True)
+    systemd.service(
+        name="Load the rules",
+        service="gpufleet-firewall",
+        reloaded=True,
+        _if=lambda: rules.did_change() and not unit.did_change(),
+    )
     for one in host.data.releases:
         release(**one)
     override = put("etc/systemd/system/supervisor.service.d/gpufleet.conf")
@@ -112,10 +122,12 @@ if "gpu_servers" in host.groups:
         )
 
 if "gateways" in host.groups:
-    user()
+    user("gpufleet-agent", "Agent of the GPU instances' gateway")
     packages("supervisor", "nginx")
     for one in host.data.releases:
         release(**one)
+    override = put("etc/systemd/system/supervisor.service.d/fleet-agent.conf")
+    systemd.daemon_reload(name="Read Supervisor's unit", _if=override.did_change)
     put("etc/gpufleet-agent.json")
     files.directory(name="Have a folder for logs", path="/var/log/gpufleet", mode="750")
     programs(put("etc/supervisor/conf.d/fleet-agent.conf", "600"))
