@@ -198,8 +198,7 @@ def garbage(fleet: Fleet) -> None:
 
 @row("A GPU host is frozen for 10 s")
 def host_frozen(fleet: Fleet) -> None:
-    with fleet.load(), fleet.broken("gpu02", "pause", "unpause", outside=True):
-        host_away(fleet, 10)
+    host_away(fleet, 10, "pause", "unpause", outside=True)
 
 
 @row("A GPU host is unreachable for 30 s: its packets are dropped")
@@ -207,22 +206,23 @@ def host_unreachable(fleet: Fleet) -> None:
     drop = "nft add table inet faults"
     for hook in ("input", "output"):
         drop += f" && nft add chain inet faults {hook} '{{ type filter hook {hook} priority -300; policy drop; }}'"
-    with fleet.load(), fleet.broken("gpu02", drop, "nft delete table inet faults"):
-        host_away(fleet, 30)
+    host_away(fleet, 30, drop, "nft delete table inet faults")
 
 
 @row("A GPU host loses its power, and boots 10 s later")
 def host_off(fleet: Fleet) -> None:
-    with fleet.load(), fleet.broken("gpu02", "kill", "start", outside=True):
-        host_away(fleet, 10)
+    host_away(fleet, 10, "kill", "start", outside=True)
 
 
-def host_away(fleet: Fleet, seconds: float) -> None:
-    """Have the host be away for so long; until the agent knows, requests may go there."""
-    began = time.monotonic()
-    with fleet.strike(*fleet.instances("gpu02")):
-        fleet.wait_until_out(*fleet.instances("gpu02"))
-    time.sleep(max(0.0, began + seconds - time.monotonic()))
+def host_away(fleet: Fleet, seconds: float, break_it: str, mend: str, outside: bool = False) -> None:
+    """Have a host be away for so long; until the agent knows, requests may go there."""
+    lost = fleet.instances("gpu02")
+    with fleet.load(), ExitStack() as mending:
+        began = time.monotonic()
+        with fleet.strike(*lost):
+            mending.enter_context(fleet.broken("gpu02", break_it, mend, outside=outside))
+            fleet.wait_until_out(*lost)
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
 
 
 @row("A host's models take 60 s to load")
@@ -307,4 +307,5 @@ def rolling_update(fleet: Fleet) -> None:
         wait_until(lambda: "drained" in fleet.states().values() or "draining" in fleet.states().values(), 120)
         break_something()
         rollback.result()
+        fleet.cause_is_gone()
     assert set(old.values()).isdisjoint(new.values()) and fleet.page.column("version") == old
