@@ -300,6 +300,9 @@ def test_headers_and_log_tell_the_true_client(gateway):
             assert gpu.headers["x-gpufleet-instance"] == instance
             assert gpu.headers["x-request-id"] == answer.headers["x-request-id"] != "x"
             assert gpu.headers["connection"] == "close"
+            async with asyncio.timeout(2):
+                while not gateway.log():  # nginx writes it after the answer
+                    await asyncio.sleep(0.01)
             (line,) = gateway.log()
             for part in (
                 "127.0.0.77 - -",
