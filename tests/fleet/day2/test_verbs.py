@@ -1,5 +1,6 @@
 """Verbs for people and programs, one run at a time, and what is written down."""
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def test_a_second_run_is_told_who_changes_the_fleet(
     lock = on(fleet["gateways"][0]["host"]).file("/var/lib/gpufleet-gateway/lock.json")
     first = subprocess.Popen(operator.command("site"), stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: lock.exists, 60)
+        # A run that failed before may have left its lock, which the first one takes over.
+        wait_until(lambda: lock.exists and json.loads(lock.content_string)["pid"] == first.pid, 60)
         with pytest.raises(CommandFailed) as refused:
             operator.play("rollout")
         assert re.search(r"is changing the fleet since \S+: site.yml, .* break_lock=true", words(str(refused.value)))
