@@ -325,6 +325,26 @@ def test_a_dead_process_is_flagged_at_once(fleet):
     fleet(scenario)
 
 
+def test_what_gets_ready_between_two_passes_waits_for_none(fleet, monkeypatch):
+    monkeypatch.setattr(agent_module, "INTERVAL_SECONDS", 60.0)
+
+    async def scenario(made, loading, dead, well, *_):
+        loading.answer = status_answer("loading")
+        dead.close()
+        running = asyncio.create_task(made.agent().run())
+        try:
+            await in_thread(wait_for, lambda: made.flagged == {"tts-gpu00-0", "tts-gpu01-0"})
+            loading.answer = status_answer()
+            await in_thread(wait_for, lambda: made.flagged == {"tts-gpu01-0"})
+            await dead.start()
+            await in_thread(wait_for, lambda: made.flagged == set())
+        finally:
+            running.cancel()
+        assert len(well.requests) == 3  # one for each pass: between passes nobody asks what serves
+
+    fleet(scenario)
+
+
 def test_all_may_be_flagged_on_their_own_word(fleet):
     async def scenario(made, *guards):
         agent = made.agent()

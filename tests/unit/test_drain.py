@@ -236,7 +236,8 @@ def test_a_rollout_lifts_its_flag_only_from_an_instance_that_is_ready(
     run(*ports, owner="rollout")
     result = run(*ports, owner="rollout", state="serving", require_ready=0.5)
     assert result["flags"] == ["a"]
-    assert result["kept"]["b"].startswith("it does not answer ready: HTTP 503")
+    assert result["failed"]
+    assert result["msg"].startswith("Not let in again: b: it does not answer ready: HTTP 503")
     assert [path.name for path in (tmp_path / "drain").iterdir()] == ["b"]
 
 
@@ -249,7 +250,7 @@ def test_an_instance_that_the_agent_still_flags_does_not_serve_yet(
     port = guard().port
     run(port, owner="rollout")
     options = {"owner": "rollout", "state": "serving", "down_directory": str(down)}
-    assert run(port, require_ready=0.3, **options)["kept"] == {"a": f"the agent has it flagged as down in {down}"}
+    assert run(port, require_ready=0.3, **options)["not_ready"] == {"a": f"the agent has it flagged as down in {down}"}
     threading.Timer(0.5, (down / "a").unlink).start()
     assert run(port, require_ready=5, **options)["flags"] == ["a"]
 

@@ -22,6 +22,12 @@ INTERVAL_SECONDS = 1.0
 DEADLINE_SECONDS = 0.8
 """Within which all guards must have answered. The rest of the interval is for the flags."""
 
+GLANCE_SECONDS = 0.2
+"""Between two looks, in the rest of an interval, at what may soon be ready; also how long an answer to one may take."""
+
+GLANCES = 50
+"""So many instances are looked at then at most: a whole fleet that starts can wait for the next pass."""
+
 NEVER_ASKED = Standing()
 
 logger = logging.getLogger("fleet_agent")
@@ -72,9 +78,24 @@ class Agent:
             while True:
                 began = loop.time()
                 await self.make_pass()
-                await asyncio.sleep(max(0.0, began + INTERVAL_SECONDS - loop.time()))
+                await self._rest(began + INTERVAL_SECONDS)
         finally:
             self.close()
+
+    async def _rest(self, until: float) -> None:
+        """Return at `until`, a time of the loop, or once an instance that is kept out answers ready: it waits no longer.
+
+        Silent ones are not asked: each would cost its whole time.
+        """
+        loop = asyncio.get_running_loop()
+        standings = self._view.standings
+        returning = [i for i in self._config.instances if standings[i.id].flagged and not standings[i.id].misses]
+        while (left := until - loop.time()) > GLANCE_SECONDS and returning:
+            await asyncio.sleep(GLANCE_SECONDS)
+            answers, _ = await ask_all(returning[:GLANCES], GLANCE_SECONDS)
+            if any(answer.state == READY for answer in answers.values()):
+                return
+        await asyncio.sleep(max(0.0, left))
 
     def close(self) -> None:
         """Stop answering; the flags stay."""

@@ -62,7 +62,9 @@ options:
     type: str
     default: ''
   require_ready:
-    description: With O(state=serving), how many seconds an instance may take to answer ready; else its flag stays.
+    description:
+      - With O(state=serving), how many seconds an instance may take to answer ready; else its flag stays, and the
+        module fails.
     type: float
     default: 0
   down_directory:
@@ -106,7 +108,11 @@ busy:
   returned: always
   type: dict
 kept:
-  description: By id of an instance whose flag was not lifted, why.
+  description: By id of an instance whose flag was not lifted because somebody else raised it, who, when and why.
+  returned: always
+  type: dict
+not_ready:
+  description: By id of an instance whose flag was not lifted because it did not get ready, why.
   returned: always
   type: dict
 seconds:
@@ -244,7 +250,7 @@ def drained(gateway: Gateway, instances: list[Instance], timeout: float, check: 
         for instance in raised:
             gateway.raise_flag(instance)
         unreachable, busy = await_idle(instances, timeout, give_up_mute=gateway.owner == "rollout")
-    return {"flags": [instance.id for instance in raised], "silent": unreachable, "busy": busy, "kept": {}}
+    return {"flags": [instance.id for instance in raised], "silent": unreachable, "busy": busy}
 
 
 def serving(
@@ -259,7 +265,7 @@ def serving(
         for instance in lifted:
             gateway.lift(instance)
     kept = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)}
-    return {"flags": [one.id for one in lifted], "silent": {}, "busy": {}, "kept": {**kept, **not_ready}}
+    return {"flags": [one.id for one in lifted], "kept": kept, "not_ready": not_ready}
 
 
 def forgotten(gateway: Gateway, instances: list[Instance], check: bool) -> dict[str, Any]:
@@ -270,7 +276,7 @@ def forgotten(gateway: Gateway, instances: list[Instance], check: bool) -> dict[
     if not check:
         for name in left:
             gateway.lift(Instance(name))
-    return {"flags": left, "silent": {}, "busy": {}, "kept": {}}
+    return {"flags": left}
 
 
 #: What a change of flags is called in the audit log, and between which states it leads.
@@ -306,7 +312,7 @@ def audit_lines(state: str, result: Mapping[str, Any], reason: str) -> list[Reco
 def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None]) -> dict[str, Any]:
     """Do what the module's parameters ask and return its result.
 
-    :raises DrainError: some instances are still busy; ``args[1]`` is the result.
+    :raises DrainError: some instances are still busy, or not ready; ``args[1]`` is the result.
     """
     begun = time.monotonic()
     instances = [
@@ -321,6 +327,7 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
     else:
         down = Path(parameters["down_directory"]) if parameters["down_directory"] else None
         result = serving(gateway, instances, parameters["require_ready"], down, check)
+    result = {"silent": {}, "busy": {}, "kept": {}, "not_ready": {}, **result}
     result |= {"changed": bool(result["flags"]), "seconds": round(time.monotonic() - begun, 1)}
     if not check:
         own = audit_lines(parameters["state"], result, parameters["reason"]) if gateway.owner == "operator" else []
@@ -338,6 +345,9 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
             "Wait and run this again, give a longer time limit, or undrain.",
             result,
         )
+    if result["not_ready"]:
+        who = "; ".join(f"{name}: {why}" for name, why in result["not_ready"].items())
+        raise DrainError(f"Not let in again: {who}. It stays drained until undrain.yml.", result)
     return result
 
 
