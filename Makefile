@@ -13,7 +13,7 @@ export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 VENV := .venv/requirements.txt
 # Likewise what only the benchmarks need.
 BENCH := .venv/bench-requirements.txt
-LAYERS := lint unit templates molecule-default molecule-mixed molecule-day2
+LAYERS := lint unit templates molecule-default molecule-mixed
 
 .PHONY: help
 help: ## List these targets
@@ -56,14 +56,15 @@ lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
 
 .PHONY: unit
 unit: $(VENV) ## Layer 2: Python, refused inventories, modules
-	pytest --quiet --numprocesses=auto --dist=loadfile tests/unit
+	pytest --quiet --numprocesses=auto --dist=worksteal tests/unit
 
 .PHONY: templates
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
-	pytest --quiet tests/templates
+# Most of the time they wait for answers that take a known time.
+	pytest --quiet --numprocesses=4 --dist=worksteal tests/templates
 
-.PHONY: molecule-default molecule-mixed molecule-day2
-molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
+.PHONY: molecule-default molecule-mixed
+molecule-default molecule-mixed: molecule-%: envs ## Layers 4 and 5: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
 .PHONY: faults

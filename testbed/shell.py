@@ -1,12 +1,14 @@
 """Running commands, installing the Debian packages that bring them, and packing files to hand over."""
 
+import fcntl
 import io
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,23 +35,40 @@ def run(*command: str, send: bytes = b"", seconds: float = 300) -> str:
 
 def provide(packages: Mapping[str, str]) -> None:
     """Install the Debian packages whose commands are missing: `packages` maps a command to the package bringing it."""
-    path = environment()["PATH"]
-    missing = sorted({package for command, package in packages.items() if not shutil.which(command, path=path)})
-    if not missing:
+    if not _missing(packages):
         return
-    print(f"installing {', '.join(missing)}", flush=True)
-    _apt("update")
-    _apt("install", "--yes", "--no-install-recommends", *missing)
+    with _apt_alone():
+        if missing := _missing(packages):
+            print(f"installing {', '.join(missing)}", flush=True)
+            _apt("update")
+            _apt("install", "--yes", "--no-install-recommends", *missing)
 
 
 def unpack(folder: Path, *packages: str) -> None:
-    """Unpack Debian packages below `folder`: their programs can be run, but no service is installed or started."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    """Have Debian packages unpacked in `folder`: their programs can be run, but no service is installed or started."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _apt_alone(), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        if folder.exists():
+            return
         _apt("update")
         _apt("download", *packages, folder=scratch)
+        whole = Path(scratch, "whole")
         for archive in Path(scratch).glob("*.deb"):
-            run("dpkg-deb", "--extract", str(archive), str(folder))
+            run("dpkg-deb", "--extract", str(archive), str(whole))
+        whole.rename(folder)
+
+
+def _missing(packages: Mapping[str, str]) -> list[str]:
+    path = environment()["PATH"]
+    return sorted({package for command, package in packages.items() if not shutil.which(command, path=path)})
+
+
+@contextmanager
+def _apt_alone() -> Iterator[None]:
+    """Keep other test processes from apt meanwhile: one that finds its lists locked gives up at once."""
+    with Path(tempfile.gettempdir(), "gpufleet-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _apt(*arguments: str, folder: str = ".") -> None:

@@ -46,9 +46,8 @@ class Software:
     def _find(self, program: str, folder: Path) -> str:
         if installed := shutil.which(program, path=environment()["PATH"]):
             return installed
-        places = [folder / place / program for place in ("usr/sbin", "usr/bin")]
-        if not any(place.exists() for place in places):
-            unpack(folder, *PACKAGES[program])
+        unpack(folder, *PACKAGES[program])
+        places = (folder / place / program for place in ("usr/sbin", "usr/bin"))
         return str(next(place for place in places if place.exists()))
 
     def _version(self, program: str) -> str:

@@ -36,10 +36,8 @@ def nginx_program() -> str:
     if installed:
         return installed
     folder = PROJECT / ".cache/nginx"
-    program = folder / "usr/sbin/nginx"
-    if not program.exists():
-        unpack(folder, "nginx")
-    return str(program)
+    unpack(folder, "nginx")
+    return str(folder / "usr/sbin/nginx")
 
 
 def article_fleet(hosts: int = 3, gpu_count: int = 2, client_limit: int = 6, **service: Any) -> dict[str, Any]:
@@ -173,19 +171,23 @@ class Gateway:
         return (self.folder / "var/log/nginx/cosyvoice2_access.log").read_text().splitlines()
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path, because a socket's has 107 characters at most; nginx's workers can walk it."""
+    with short_folder() as path:
+        yield path
+
+
 @contextlib.contextmanager
-def below_a_folder(nginx_program: str) -> Iterator[Gateway]:
-    """A gateway whose folder is there for the length of a block."""
-    # A short path, because a socket's has 107 characters at most; one that nginx's workers, another user, can walk.
-    with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as folder:
-        Path(folder).chmod(0o755)
-        yield Gateway(nginx_program, Path(folder))
+def short_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="gw-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @pytest.fixture
-def gateway(nginx_program: str) -> Iterator[Gateway]:
-    with below_a_folder(nginx_program) as ready:
-        yield ready
+def gateway(nginx_program: str, folder: Path) -> Gateway:
+    return Gateway(nginx_program, folder)
 
 
 class Cluster:

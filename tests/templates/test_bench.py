@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,8 @@ NGINX = [contender for contender in CONTENDERS if contender.program == "nginx"]
 
 
 @pytest.mark.parametrize("contender", NGINX, ids=lambda contender: contender.name)
-def test_twice_as_many_as_slots_are_half_served(tmp_path_factory, nginx_program: str, contender: Contender) -> None:
+def test_twice_as_many_as_slots_are_half_served(folder: Path, nginx_program: str, contender: Contender) -> None:
     fleet = article_fleet()
-    folder = tmp_path_factory.mktemp("g")
-    for part in (folder, *folder.parents[:2]):
-        part.chmod(0o755)  # nginx's workers are another user
     gateway = Gateway(contender, fleet, folder, Software())
 
     async def scenario() -> None:

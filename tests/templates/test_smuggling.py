@@ -7,7 +7,7 @@ import socket
 import httpx
 import pytest
 
-from tests.templates.conftest import PORT, ROUTE, article_fleet, below_a_folder
+from tests.templates.conftest import PORT, ROUTE, Gateway, article_fleet, short_folder
 from tests.unit.service_helpers import serving
 
 HERE = f"{ROUTE}nasty".encode()
@@ -156,7 +156,8 @@ def served(request, nginx_program, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gunicorn")
     record = folder / "record"
     guarded = serving(folder, "recorder:app", RECORDER_FILE=str(record))
-    with below_a_folder(nginx_program) as gateway, guarded as server:
+    with short_folder() as folder, guarded as server:
+        gateway = Gateway(nginx_program, folder)
         fleet = article_fleet(hosts=1, gpu_count=1, client_limit=2, route=request.param)
         (instance,) = fleet["instances"]
         instance |= {"address": "127.0.0.1", "port": server.port}

@@ -319,77 +319,62 @@ def test_who_waits_for_a_store_survives_that_its_folder_vanishes(host):
     assert not inside
 
 
-def play(host, tmp_path, *options, **arguments):
-    """Run the module through ansible-playbook; return the recap's counts, the result, and what was printed."""
-    task = {"id": "a", "root": str(host.root), "link": str(host.link), **arguments}
+def test_through_ansible(host, tmp_path):
+    """One playbook that goes through what the action plugin decides, with what happens to the files in between."""
+    archive, other = host.archive("a"), host.archive("b")
+    away, damaged = tmp_path / "away", host.root / "a" / "lib" / "app.py"
+    release = {"id": "a", "root": str(host.root), "link": str(host.link)}
+    brought = {**release, "archive": str(archive)}
+
+    def step(name, task, look=False):
+        return {
+            "gpufleet.core.release": task,
+            "register": name,
+            "ignore_errors": True,
+            "check_mode": look,
+            "diff": look,
+        }
+
+    def shell(command):
+        return {"ansible.builtin.command": command}
+
+    tasks = [
+        step("looked", brought, look=True),
+        {"ansible.builtin.stat": {"path": str(host.root)}, "register": "untouched"},
+        step("first", brought),
+        shell(f"mv {archive} {away}"),
+        step("second", brought),
+        {"ansible.builtin.copy": {"content": "edited", "dest": str(damaged)}, "diff": False},
+        step("found", brought, look=True),
+        step("bare", release),
+        step("missing", brought),
+        shell(f"cp {other} {archive}"),
+        step("wrong", brought),
+    ]
+    names = [task["register"] for task in tasks if "register" in task]
+    told = {"content": "{{ {" + ", ".join(f"'{name}': {name}" for name in names) + "} | to_json }}"}
+    tasks.append({"ansible.builtin.copy": {**told, "dest": str(tmp_path / "out")}, "diff": False})
+    variables = {"ansible_python_interpreter": sys.executable}
     (tmp_path / "play.yml").write_text(
-        yaml.safe_dump(
-            [
-                {
-                    "hosts": "localhost",
-                    "gather_facts": False,
-                    "vars": {"ansible_python_interpreter": sys.executable},
-                    "tasks": [
-                        {"gpufleet.core.release": task, "register": "result"},
-                        {
-                            "ansible.builtin.copy": {
-                                "content": "{{ result | to_json }}",
-                                "dest": str(tmp_path / "out"),
-                            },
-                            "check_mode": False,
-                            "diff": False,
-                            "changed_when": False,
-                        },
-                    ],
-                }
-            ]
-        )
+        yaml.safe_dump([{"hosts": "localhost", "gather_facts": False, "vars": variables, "tasks": tasks}])
     )
-    environment = {
-        **os.environ,
+    settings = {
         "ANSIBLE_COLLECTIONS_PATH": str(PROJECT / "collections"),
         "ANSIBLE_LOCALHOST_WARNING": "false",
         "ANSIBLE_NOCOLOR": "true",
     }
-    command = [
-        Path(sys.executable).with_name("ansible-playbook"),
-        "-i",
-        "localhost,",
-        "-c",
-        "local",
-        *options,
-        "play.yml",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    result = json.loads((tmp_path / "out").read_text()) if done.returncode == 0 else {}
-    return done.returncode, result, done.stdout + done.stderr
+    command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local", "play.yml"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out").read_text())
 
-
-def test_through_ansible(host, tmp_path):
-    archive = host.archive("a")
-
-    code, result, said = play(host, tmp_path, "--check", "--diff", archive=str(archive))
-    assert code == 0 and result["changed"] and not host.root.exists()
-    assert "+lib/app.py" in said and "needs_archive" not in result
-
-    code, result, said = play(host, tmp_path, archive=str(archive))
-    assert code == 0 and result["changed"] and result["current"] == "a"
-
-    # nothing is copied when nothing is missing: the archive is gone
-    archive.rename(tmp_path / "away")
-    code, result, said = play(host, tmp_path, archive=str(archive))
-    assert code == 0 and not result["changed"]
-
-    edit(host.root / "a")
-    code, result, said = play(host, tmp_path, "--check", "--diff", archive=str(archive))
-    assert code == 0 and result["changed"] and "-lib/app.py: edited" in said
-
-    code, result, said = play(host, tmp_path)
-    assert code != 0 and "is damaged there (lib/app.py: edited) and no archive was given" in said
-
-    code, result, said = play(host, tmp_path, archive=str(archive))
-    assert code != 0 and "are not on the controller: build them first" in said
-
-    shutil.copy(host.archive("b"), archive)
-    code, result, said = play(host, tmp_path, archive=str(archive))
-    assert code != 0 and "has not the sha256" in said and host.link.resolve().name == "a"
+    assert results["looked"]["changed"] and "needs_archive" not in results["looked"]
+    assert not results["untouched"]["stat"]["exists"]
+    assert "+lib/app.py" in done.stdout
+    assert results["first"]["changed"] and results["first"]["current"] == "a"
+    assert not results["second"]["changed"], "nothing is copied when nothing is missing: the archive is gone"
+    assert results["found"]["changed"] and "-lib/app.py: edited" in done.stdout
+    assert "is damaged there (lib/app.py: edited) and no archive was given" in results["bare"]["msg"]
+    assert "are not on the controller: build them first" in results["missing"]["msg"]
+    assert "has not the sha256" in results["wrong"]["msg"]
+    assert host.link.resolve().name == "a"

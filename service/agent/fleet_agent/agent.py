@@ -83,7 +83,7 @@ class Agent:
             self.close()
 
     async def _rest(self, until: float) -> None:
-        """Return at `until`, a time of the loop, or once an instance that is kept out answers ready: it waits no longer.
+        """Return at `until`, a time of the loop, or once an instance that is kept out answers ready.
 
         Silent ones are not asked: each would cost its whole time.
         """

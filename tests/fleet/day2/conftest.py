@@ -43,7 +43,7 @@ class Watch:
 @pytest.fixture(scope="session")
 def inventory(pytestconfig: pytest.Config) -> Inventory:
     original = PROJECT / pytestconfig.getoption("ansible_inventory")
-    return Inventory(original, PROJECT / ".cache" / "day2" / "inventory", "group_vars/all/day2.yml")
+    return Inventory(original, PROJECT / ".cache" / "day2" / "inventory", "group_vars/all/default.yml")
 
 
 @pytest.fixture(scope="session")
