@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any
 import httpx
 
 from testbed.shell import provide, run
+
+from .background import Background
 
 
 @contextmanager
@@ -99,23 +100,19 @@ async def _post_at_once(
     return [task.result() for task in tasks]
 
 
-class SteadyLoad:
-    """Clients that ask one after the other for the length of a `with` block; `answers` is all that they got."""
+class SteadyLoad(Background):
+    """Clients that ask one after the other for the length of a `with` block; `answers` is all that they got.
+
+    At its end every client ends its request; none is given up.
+    """
 
     def __init__(self, url: str, clients: Sequence[str], json: Mapping[str, Any], *, pause: float = 0.1) -> None:
+        super().__init__()
         self.answers: list[Answer] = []
         self._url, self._clients, self._json, self._pause = url, clients, json, pause
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
-    def __enter__(self) -> "SteadyLoad":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let every client end its request; none is given up."""
-        self._stop.set()
-        self._thread.join()
+    def work(self) -> None:
+        asyncio.run(self._run())
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -123,7 +120,7 @@ class SteadyLoad:
                 group.create_task(self._ask_on(client))
 
     async def _ask_on(self, client: str) -> None:
-        while not self._stop.is_set():
+        while not self.ending.is_set():
             (answer,) = await _post_at_once(self._url, [client], self._json, None, 60)
             self.answers.append(answer)
             await asyncio.sleep(self._pause)

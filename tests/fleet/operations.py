@@ -78,6 +78,13 @@ class Page:
     def __init__(self, url: str) -> None:
         self.url = url
 
+    def answers(self) -> bool:
+        """Whether it is there and the fleet serves."""
+        try:
+            return httpx.get(f"{self.url}/health", trust_env=False, timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
     def read(self) -> dict[str, Any]:
         """The document as it is now."""
         document: dict[str, Any] = httpx.get(f"{self.url}/cluster/status", trust_env=False, timeout=10).json()

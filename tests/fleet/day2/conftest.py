@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,30 +12,22 @@ from testinfra.host import Host
 from testbed import PROJECT, hosts
 from testbed.engine import Engine, this_machine
 
+from ..background import Background
 from ..ledger import SMOKE, peaks, runs
 from ..load import SteadyLoad
 from ..operations import Inventory, Operator, Page, wait_until
 
 
-class Watch:
+class Watch(Background):
     """The least capacity that the page ever showed during a `with` block."""
 
     def __init__(self, page: Page) -> None:
+        super().__init__()
         self.least = sys.maxsize
         self._page = page
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
 
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.wait(0.2):
+    def work(self) -> None:
+        while not self.ending.wait(0.2):
             self.least = min(self.least, self._page.read()["available_capacity"])
 
 
@@ -90,8 +81,8 @@ def reconciled(fleet: dict[str, Any], ledger: Callable[[], list[Any]]) -> Iterat
 def load(
     url: Callable[..., str], client_addresses: list[str], reconciled: Callable[[SteadyLoad], None]
 ) -> Iterator[SteadyLoad]:
-    """Clients for a third of the slots, each of whose requests is served, and runs once."""
-    with SteadyLoad(url("audio-generate"), client_addresses[:4], {"text": "一天"}) as running:
+    """Clients for a quarter of the slots, each of whose requests is served, and runs once."""
+    with SteadyLoad(url("audio-generate"), client_addresses[:3], {"text": "一天"}) as running:
         reconciled(running)
         yield running
     assert running.answers and Counter(answer.status for answer in running.answers) == {200: len(running.answers)}

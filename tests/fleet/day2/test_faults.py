@@ -11,7 +11,7 @@ from testinfra.host import Host
 from testbed.engine import Engine
 
 from ..load import SteadyLoad, post_at_once
-from ..operations import Operator, Page
+from ..operations import Operator, Page, wait_until
 
 
 def test_a_stopped_program_is_out_within_two_seconds_and_back_by_itself(
@@ -92,17 +92,7 @@ def test_the_gateway_comes_back_from_a_power_failure_with_its_drains(
     drained = fleet["instances"][0]
     operator.play("drain", target=drained["id"])
     engine.docker("restart", "--time", "0", container(fleet["gateways"][0]["host"]))
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{page.url}/health", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    deadline = time.monotonic() + 60
-    while not answers():
-        assert time.monotonic() < deadline, "the gateway does not come back"
-        time.sleep(0.5)
+    wait_until(page.answers, 60)
     page.wait_for("drained", drained["id"], seconds=20)
     page.wait_for("ready", *(one["id"] for one in fleet["instances"] if one != drained), seconds=20)
     served = post_at_once(url("audio-generate"), client_addresses, {"text": "断电"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from testbed.engine import Engine, this_machine
 from testbed.fleet import describe
 from testbed.shell import provide, run
 
+from ..background import Background
 from ..ledger import SMOKE, Event, parse
 from ..load import addresses_of_clients
 from ..operations import Inventory, Operator, Page, wait_until
@@ -230,28 +230,17 @@ class Fleet:
             return [line for text in texts for line in text.splitlines()]
 
 
-class Watch:
+class Watch(Background):
     """Since when the page has said without a break that all instances are ready, for the length of a `with` block."""
 
     def __init__(self, fleet: Fleet) -> None:
         """Look at the fleet's page."""
+        super().__init__()
         self.ready_since: float | None = None
         self._fleet = fleet
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
 
-    def __enter__(self) -> Watch:
-        """Begin to look."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Look no more."""
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._stop.wait(0.2):
+    def work(self) -> None:
+        while not self.ending.wait(0.2):
             states = self._fleet.states()
             if not states or set(states.values()) != {"ready"}:
                 self.ready_since = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
+from ..background import Background
 from .reckoning import APPS_OWN, Request
 
 TEXT = "故障"
@@ -41,27 +41,22 @@ class Manners:
 POLITE = Manners()
 
 
-class Clients:
-    """Clients that ask for the length of a `with` block; `requests` is what they sent and got."""
+class Clients(Background):
+    """Clients that ask for the length of a `with` block; `requests` is what they sent and got.
+
+    At its end every client ends its request.
+    """
 
     _numbers = itertools.count()
 
     def __init__(self, url: str, addresses: Sequence[str], manners: Manners, once: bool = False) -> None:
         """One client for each of `addresses`, all with the same manners; those that ask `once` ask all at a time."""
+        super().__init__()
         self.requests: list[Request] = []
         self._url, self._addresses, self._manners, self._once = url, addresses, manners, once
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
-    def __enter__(self) -> Clients:
-        """Begin to ask."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Let each client end its request."""
-        self._stop.set()
-        self._thread.join()
+    def work(self) -> None:
+        asyncio.run(self._run())
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -74,7 +69,7 @@ class Clients:
         await asyncio.sleep(delay)
         while True:
             self.requests.append(await ask(self._url, address, f"r{next(self._numbers)}", self._manners))
-            if self._once or self._stop.is_set():
+            if self._once or self.ending.is_set():
                 return
             await asyncio.sleep(self._manners.pause)
 
