@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.gpufleet.core.plugins.module_utils.fleet import SERVICE_FIELDS
 
 PROJECT = Path(__file__).parents[2]
 ROLES = sorted(path.name for path in (PROJECT / "roles").iterdir())
@@ -40,17 +39,6 @@ def test_specification_and_defaults_give_the_same_values(role):
 def test_every_entry_point_is_a_task_file(role):
     for entry_point in load(f"roles/{role}/meta/argument_specs.yml")["argument_specs"]:
         assert (PROJECT / f"roles/{role}/tasks/{entry_point}.yml").is_file()
-
-
-def test_every_field_of_a_service_is_documented_with_its_default():
-    text = (PROJECT / "docs/inventory.md").read_text()
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
-    documented = {row[1].strip().strip("`"): row[2].strip().strip("`") for row in rows}
-    for name, default in SERVICE_FIELDS.items():
-        if isinstance(default, int):
-            assert documented[name] == str(default)
-        else:
-            assert name in documented
 
 
 def test_the_production_example_can_be_read_and_each_role_is_a_tag():
