@@ -18,6 +18,7 @@ from tts_service.errors import CHINESE
 from tests.unit.test_refused_inventories import REFUSED, expected_faults
 
 PROJECT = Path(__file__).parents[2]
+PLAYBOOKS = [PROJECT / "site.yml", *sorted(PROJECT.glob("playbooks/*.yml"))]
 PAGES = sorted([*PROJECT.glob("*.md"), *PROJECT.glob("docs/**/*.md")])
 GENERATED = {PROJECT / "docs/faults.md", *PROJECT.glob("docs/benchmarks/*.md")}
 """Written by `make faults` and `make bench`, in English alone."""
@@ -77,10 +78,10 @@ def read(page):
 
 
 def commands(text):
-    """The command lines in a text, as lists of words."""
+    """The command lines in a text, as lists of words; what is to be added to one is one too."""
     for line in text.replace("\\\n", " ").splitlines():
         for command in re.split(r"&&|\|", line):
-            if re.match(r"\s*(?:make |ansible-playbook |python -m |playbooks/\w+\.yml\b)", command):
+            if re.match(r"\s*(?:make |python -m |ansible-playbook |(?:playbooks/\w+|site)\.yml\b|-e \w)", command):
                 yield shlex.split(command, comments=True)
 
 
@@ -122,6 +123,7 @@ def playbooks_of(playbook):
     return [playbook, *(path for name in imported for path in playbooks_of(playbook.parent / name))]
 
 
+@cache
 def variables_of(playbook):
     """What -e can set: what a playbook, the defaults of its roles and the output ask for, and these defaults."""
     texts = [yaml.safe_dump(yaml.safe_load(path.read_text()), width=10_000) for path in playbooks_of(playbook)]
@@ -156,23 +158,22 @@ def test_commands_name_what_there_is(page):
 
 
 def check_playbook(command):
-    (name,) = [word for word in command if word.endswith(".yml")]
-    playbook = PROJECT / name
-    assert playbook.exists(), command
+    """Of an addition any playbook may be the one that is meant."""
+    playbooks = [PROJECT / word for word in command if word.endswith(".yml")] or PLAYBOOKS
+    assert set(playbooks) <= set(PLAYBOOKS), command
     for option, value in zip(command, command[1:]):
         if option == "-e":
-            assert value.split("=")[0] in variables_of(playbook), command
+            assert any(value.split("=")[0] in variables_of(playbook) for playbook in playbooks), command
         elif option == "--tags":
-            assert set(value.split(",")) <= tags_of(playbook), command
+            assert all(set(value.split(",")) <= tags_of(playbook) for playbook in playbooks), command
         elif option == "-i":
             assert value == YOURS or (PROJECT / value).exists(), command
 
 
 def test_every_playbook_that_is_no_part_of_another_has_its_command():
-    playbooks = [PROJECT / "site.yml", *PROJECT.glob("playbooks/*.yml")]
-    parts = {path.resolve() for playbook in playbooks for path in playbooks_of(playbook)[1:]}
+    parts = {path.resolve() for playbook in PLAYBOOKS for path in playbooks_of(playbook)[1:]}
     named = {PROJECT / word for page in ENGLISH for command in commands_of(page) for word in command}
-    assert set(playbooks) - parts <= named
+    assert set(PLAYBOOKS) - parts <= named
 
 
 @each([page for page in WRITTEN if not page.name.startswith(ARTICLE)])
