@@ -42,6 +42,8 @@ def test_a_host_a_card_and_a_slot_leave_and_come_back(
         gpu03 = hosts.pop("gpu03")
         hosts["gpu02"].update(gpus=[1], gpu_count=None)
         hosts["gpu01"].update(gpus=[{"device": 0, "slots": 1}, 1], gpu_count=None)
+    with inventory.service() as service:
+        service["client_limit"] = 5
     operator.play("site")
     assert seen() == (dict.fromkeys({*untouched, smaller}, "ready"), 5)
     assert page.column("slots")[smaller] == 1 and pids()[smaller] != before[smaller]
