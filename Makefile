@@ -91,6 +91,9 @@ $(BENCH): bench/requirements.txt $(VENV)
 
 ##### The controller's own environment
 
+.PHONY: setup
+setup: $(VENV) ## Install the controller's tools into .venv
+
 $(VENV): requirements.txt
 	@echo "installing the controller's environment into .venv"
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || apt-get install --quiet=2 --yes python3-venv
