@@ -293,6 +293,16 @@ def test_counts_that_make_no_sense_are_left_out():
     assert answer.numbers == {"in_flight": 0, "refused": 1, "version": "", "warning": ""}
 
 
+def test_half_a_character_in_a_reason_stops_neither_flag_nor_page(fleet):
+    async def scenario(made, guard, *_):
+        guard.answer = status_answer("failed", reason="half: \ud800")
+        await made.agent().make_pass()
+        assert (made.down / "tts-gpu00-0").read_text() == "failed: half: ?\n"
+        assert b'"reason": "half: ?"' in await in_thread(fetch, made.socket, b"GET /cluster/status HTTP/1.0\r\n\r\n")
+
+    fleet(scenario)
+
+
 ##### Deciding
 
 

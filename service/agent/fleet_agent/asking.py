@@ -125,7 +125,8 @@ def _is_count(value: object) -> bool:
 
 
 def _text(value: object) -> str:
-    return " ".join(value.split())[:MAX_TEXT] if isinstance(value, str) else ""
+    """A text in one line, without the half characters that JSON lets through and no file or answer can hold."""
+    return " ".join(value.split())[:MAX_TEXT].encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def _one_line(error: BaseException) -> str:
