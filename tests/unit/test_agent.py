@@ -21,8 +21,9 @@ from fleet_agent.agent import Agent
 from fleet_agent.asking import MAX_ANSWER, ask, ask_all
 from fleet_agent.config import Config, ConfigError, ConfigFile, Instance
 from fleet_agent.decision import DOWN, GUARD_STATES, READY, SILENT, Answer, Standing, decide
+from fleet_agent.edition import Reply
 from fleet_agent.flags import Flags
-from fleet_agent.server import Reply, StatusServer
+from fleet_agent.server import StatusServer
 from fleet_agent.status import View, document, health, metrics
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from tests.unit.service_helpers import Server, serving, wait_for
 
 PROJECT = Path(__file__).parents[2]
 SINCE = "2026-01-01T00:00:00+00:00"
+CHANGE = {"time": SINCE, "what": "drain", "instance": "tts-gpu01-0", "from": "serving", "to": "drained", "result": "ok"}
 
 
 def status_answer(state="ready", **changes):
@@ -79,6 +81,7 @@ class Fleet:
         self.guards = {f"tts-gpu{number:02}-0": guard for number, guard in enumerate(guards)}
         self.down, self.drain = folder / "run/down", folder / "drain"
         self.socket, self.config = folder / "run/http.sock", folder / "agent.json"
+        self.audit_log = folder / "audit.log"
         self.down.mkdir(parents=True)
         self.drain.mkdir()
         self.agents = []
@@ -92,6 +95,7 @@ class Fleet:
             if only is None or name in only
         ]
         paths = {"down_directory": self.down, "drain_directory": self.drain, "socket": self.socket}
+        paths["audit_log"] = self.audit_log
         given = {"cluster": "c", "silence_share": share, "instances": instances}
         unfinished = self.config.with_suffix(".new")
         unfinished.write_text(json.dumps(given | {name: str(path) for name, path in paths.items()}))
@@ -196,7 +200,7 @@ def test_a_guard_under_gunicorn_is_understood(tmp_path):
         assert server.post("/AIVoice/TTS/CosyVoice2/audio-generate")[0] == 200
         answer = asyncio.run(ask(instance))
     standing = Standing(answer.state, answer.reason, answer.since, answer.numbers)
-    config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/sock"), (instance,))
+    config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/audit"), Path("/sock"), (instance,))
     seen = document(View(config, {instance.id: standing}, frozenset(), "", SINCE, 0.2))
     (entry,) = seen["instances"]
     told = r"blocks its event loop, once, for [0-2]\.\d s at worst, in audio_generate \(App_Http_Server\.py, line \d+\)"
@@ -710,7 +714,7 @@ def view_of(states, drained=(), warning="", **changes):
         name: Standing(state, "", SINCE, {} if count is None else {"in_flight": count, "served": 10}, state != READY)
         for name, (_, _, _, state, count) in states.items()
     }
-    config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/sock"), instances)
+    config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/audit"), Path("/sock"), instances)
     return View(config, standings, frozenset(drained), warning, SINCE, 0.2)
 
 
@@ -729,15 +733,16 @@ def test_the_status_of_a_healthy_cluster():
         "gpus_per_server": 2,
         "concurrent_per_gpu": 2,
         "warning": None,
+        "changes": [],
     }
     assert seen["totals"] == {
         **{"status": "healthy", "instances": 6, "ready": 6, "total_capacity": 12, "available_capacity": 12},
-        **{"in_flight": 6, "waiting": 0, "served": 60, "refused": 0, "failed": 0},
+        **{"in_flight": 6, "waiting": 0, "queue": 0, "served": 60, "refused": 0, "failed": 0},
     }
     assert seen["instances"][0] == {
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
         **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "slots": 2, "in_flight": 1},
-        **{"waiting": None, "served": 10, "refused": None, "failed": None, "version": None},
+        **{"waiting": None, "queue": None, "served": 10, "refused": None, "failed": None, "version": None},
     }
     assert health(seen) == "healthy\n"
 
@@ -823,6 +828,67 @@ def test_the_socket_answers_everybody_on_the_host(fleet):
     fleet(scenario)
 
 
+def test_a_viewer_is_told_all_and_then_after_each_pass_what_is_new(fleet):
+    async def scenario(made, guard, *_):
+        agent = made.agent()
+        await agent.make_pass()
+        reader, writer = await asyncio.open_unix_connection(str(made.socket))
+        writer.write(b"GET /cluster/events HTTP/1.1\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n")
+
+        async def event():
+            name, data = (await asyncio.wait_for(reader.readuntil(b"\n\n"), 2)).decode().strip().split("\n")
+            return name.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+        name, known = await event()
+        asked = await in_thread(fetch, made.socket, b"GET /cluster/status HTTP/1.0\r\n\r\n")
+        assert (name, known) == ("whole", json.loads(asked.partition(b"\r\n\r\n")[2]))
+        guard.answer = status_answer(in_flight=2)
+        (made.drain / "tts-gpu01-0").touch()
+        made.audit_log.write_text(json.dumps({**CHANGE, "by": "somebody@somewhere"}) + "\n")
+        await agent.make_pass()
+        name, change = await event()
+        assert name == "change"
+        assert [(one["id"], one["state"], one["in_flight"]) for one in change["instances"]] == [
+            ("tts-gpu00-0", "ready", 2),
+            ("tts-gpu01-0", "drained", 0),
+        ]
+        assert (change["totals"]["in_flight"], change["available_capacity"]) == (2, 10)
+        assert [(one["what"], one["instance"]) for one in change["changes"]] == [("drain", "tts-gpu01-0")]
+        assert "total_capacity" not in change
+        await agent.make_pass()
+        name, quiet = await event()
+        assert name == "change" and quiet.keys() <= {"instances", "timestamp"} and quiet["instances"] == []
+        made.write(only=["tts-gpu00-0"])
+        await agent.make_pass()
+        name, known = await event()
+        assert (name, [one["id"] for one in known["instances"]]) == ("whole", ["tts-gpu00-0"])
+        agent.close()
+        assert await reader.read() == b"", "an agent that ends ends its streams"
+        writer.close()
+
+    fleet(scenario)
+
+
+def test_an_audit_log_that_cannot_be_read_is_said_once_and_what_was_known_stays(fleet, caplog):
+    caplog.set_level("INFO")
+
+    async def scenario(made, *_):
+        agent = made.agent()
+        made.audit_log.write_text(json.dumps(CHANGE) + "\n")
+        known = (await agent.make_pass()).changes
+        made.audit_log.unlink()
+        made.audit_log.mkdir()
+        assert [(await agent.make_pass()).changes for _ in range(2)] == [known] * 2
+        made.audit_log.rmdir()
+        assert (await agent.make_pass()).changes == ()
+
+    fleet(scenario)
+    said = [record.message for record in caplog.records if record.message.startswith("audit log")]
+    assert said == ["audit log: Is a directory", "audit log: all right again"]
+
+
 @pytest.mark.parametrize(
     "request_bytes", [b"\r\n\r\n", b"\xff \xff\r\n\r\n", b"POST /health HTTP/1.1\r\n\r\n", b"x" * 40_000]
 )
@@ -842,7 +908,7 @@ def test_a_dead_agents_socket_is_replaced_and_a_lost_one_made_again(tmp_path):
         dead.bind(str(path))
 
     async def scenario():
-        server = StatusServer(path, {"/health": lambda: Reply(200, "text/plain", "well\n")})
+        server = StatusServer(path, {"/health": lambda: Reply(200, "text/plain", "well\n")}, {})
         await server.ensure()
         assert (await in_thread(fetch, path)).endswith(b"well\n")
         kept = path.stat().st_ino

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -11,10 +10,13 @@ from functools import partial
 
 from fleet_agent import status
 from fleet_agent.asking import LAG_LIMIT, ask_all
+from fleet_agent.audit import AuditLog, Change
 from fleet_agent.config import Config, ConfigError, ConfigFile
 from fleet_agent.decision import READY, SILENT, Standing, decide
+from fleet_agent.edition import Edition, Reply
 from fleet_agent.flags import Flags, names
-from fleet_agent.server import Reply, StatusServer
+from fleet_agent.server import StatusServer
+from fleet_agent.viewers import Viewers
 
 INTERVAL_SECONDS = 1.0
 """From the beginning of a pass to that of the next."""
@@ -66,9 +68,12 @@ class Agent:
         self._flags: Flags | None = None
         self._server: StatusServer | None = None
         self._drained: frozenset[str] = frozenset()
-        self._documents: dict[str, Reply] = {}
+        self._audit_log = AuditLog()
+        self._changes: tuple[Change, ...] = ()
         self._config = config
         self._view = status.View(config, {}, frozenset(), "", now(), 0.0)
+        self._edition = Edition(self._view)
+        self._viewers = Viewers(self._edition)
 
     async def run(self) -> None:
         """Make passes until cancelled."""
@@ -125,10 +130,12 @@ class Agent:
             )
         self._complaints.report("silence", warning)
         seconds = asyncio.get_running_loop().time() - began
-        view = status.View(config, decision.standings, self._read_drained(config), warning, now(), seconds)
+        drained, changes = self._read_drained(config), self._read_changes(config)
+        view = status.View(config, decision.standings, drained, warning, now(), seconds, changes)
         self._log_changes(view)
         self._view = view
-        self._documents.clear()
+        self._edition = Edition(view, before=self._edition.document if self._viewers else None)
+        self._viewers.tell(self._edition)
         await self._serve(config)
         return view
 
@@ -178,6 +185,16 @@ class Agent:
             self._complaints.report("drain flags")
         return self._drained
 
+    def _read_changes(self, config: Config) -> tuple[Change, ...]:
+        """What operators and roll-outs did last; what was known of it where the log cannot be read."""
+        try:
+            self._changes = self._audit_log.read(config.audit_log)
+        except OSError as error:
+            self._complaints.report("audit log", str(error.strerror))
+        else:
+            self._complaints.report("audit log")
+        return self._changes
+
     def _log_changes(self, view: status.View) -> None:
         for name, standing in view.standings.items():
             before = self._view.state(name) if name in self._view.standings else READY
@@ -188,7 +205,8 @@ class Agent:
     async def _serve(self, config: Config) -> None:
         if self._server is None:
             kinds = ("/cluster/status", "/health", "/metrics")
-            self._server = StatusServer(config.socket, {path: partial(self._reply, path) for path in kinds})
+            replies = {path: partial(self._reply, path) for path in kinds}
+            self._server = StatusServer(config.socket, replies, {"/cluster/events": self._viewers})
         try:
             await self._server.ensure()
         except OSError as error:
@@ -197,18 +215,7 @@ class Agent:
             self._complaints.report("socket")
 
     def _reply(self, path: str) -> Reply:
-        """The document of a path, made once for a pass: many who ask must not keep the agent from its work."""
-        if path not in self._documents:
-            document = status.document(self._view)
-            code = 503 if document["status"] == "down" else 200
-            self._documents = {
-                "/cluster/status": Reply(code, "application/json", json.dumps(document, ensure_ascii=False) + "\n"),
-                "/health": Reply(code, "text/plain; charset=utf-8", status.health(document)),
-                "/metrics": Reply(
-                    200, "text/plain; version=0.0.4; charset=utf-8", status.metrics(document, self._view.seconds)
-                ),
-            }
-        return self._documents[path]
+        return self._edition.replies[path]
 
 
 def now() -> str:

@@ -38,6 +38,8 @@ class Config:
     """Where the flags of this agent are."""
     drain_directory: Path
     """Where operators' drain flags are."""
+    audit_log: Path
+    """Where it is written down who changed what."""
     socket: Path
     """Unix socket at which the agent answers."""
     instances: tuple[Instance, ...]
@@ -53,6 +55,7 @@ class Config:
                 silence_share=float(given["silence_share"]),
                 down_directory=Path(given["down_directory"]),
                 drain_directory=Path(given["drain_directory"]),
+                audit_log=Path(given["audit_log"]),
                 socket=Path(given["socket"]),
                 instances=instances,
             )

@@ -1,4 +1,4 @@
-"""The agent's HTTP server: a few documents over a unix socket, for the gateway alone."""
+"""The agent's HTTP server: a few documents and a stream over a unix socket, for the gateway alone."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ import socket
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+
+from fleet_agent import viewers
+from fleet_agent.edition import Reply
+from fleet_agent.viewers import Viewers
 
 PATIENCE_SECONDS = 2.0
 """How long a client may take to ask, and to take the answer."""
 
 MAX_REQUEST = 16_384
 
-
-class Reply(NamedTuple):
-    """An answer: status code, media type and text."""
-
-    status: int
-    content_type: str
-    text: str
+NOT_FOUND = Reply(404, "text/plain; charset=utf-8", "not found\n")
+FULL = Reply(503, "text/plain; charset=utf-8", f"{viewers.MOST} watch already\n")
 
 
 class StatusServer:
     """Answers GET requests for fixed paths at a unix socket that everybody on this host may connect to."""
 
-    def __init__(self, path: Path, replies: Mapping[str, Callable[[], Reply]]) -> None:
-        """Serve `replies` (by path) at the socket `path`, once `ensure` was called."""
+    def __init__(self, path: Path, replies: Mapping[str, Callable[[], Reply]], streams: Mapping[str, Viewers]) -> None:
+        """Serve `replies` and `streams` (by path) at the socket `path`, once `ensure` was called."""
         self._path = path
         self._replies = replies
+        self._streams = streams
         self._server: asyncio.AbstractServer | None = None
         self._bound: tuple[int, int] | None = None
 
@@ -53,7 +52,9 @@ class StatusServer:
         self._bound = self._found()
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and end what still streams."""
+        for stream in self._streams.values():
+            stream.close()
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -68,27 +69,36 @@ class StatusServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await asyncio.wait_for(self._answer(reader, writer), PATIENCE_SECONDS)
+            path = await asyncio.wait_for(_path_asked(reader), PATIENCE_SECONDS)
+            stream = self._streams.get(path)
+            if stream is not None and len(stream) < viewers.MOST:
+                await stream.serve(reader, writer)
+            else:
+                reply = FULL if stream is not None else self._replies.get(path, lambda: NOT_FOUND)()
+                await asyncio.wait_for(_answer(reply, reader, writer), PATIENCE_SECONDS)
         except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.TimeoutError):
             pass  # whoever asked is gone, slow or no HTTP client
         finally:
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        words = head.split(b"\r\n", 1)[0].decode("ascii", errors="replace").split(" ")
-        path = words[1].partition("?")[0] if len(words) == 3 and words[0] == "GET" else ""
-        make = self._replies.get(path)
-        reply = make() if make else Reply(404, "text/plain; charset=utf-8", "not found\n")
-        body = reply.text.encode()
-        lines = (
-            f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}",
-            f"Content-Type: {reply.content_type}",
-            f"Content-Length: {len(body)}",
-            "Cache-Control: no-store",
-            "Connection: close",
-        )
-        writer.write("".join(f"{line}\r\n" for line in (*lines, "")).encode() + body)
-        await writer.drain()
-        writer.write_eof()
-        await reader.read(1)  # until the client has closed: an abort would throw away what it has not read
+
+async def _path_asked(reader: asyncio.StreamReader) -> str:
+    """The path of a GET request; empty where it is no such request."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    words = head.split(b"\r\n", 1)[0].decode("ascii", errors="replace").split(" ")
+    return words[1].partition("?")[0] if len(words) == 3 and words[0] == "GET" else ""
+
+
+async def _answer(reply: Reply, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    body = reply.text.encode()
+    lines = (
+        f"HTTP/1.1 {reply.status} {HTTPStatus(reply.status).phrase}",
+        f"Content-Type: {reply.content_type}",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-store",
+        "Connection: close",
+    )
+    writer.write("".join(f"{line}\r\n" for line in (*lines, "")).encode() + body)
+    await writer.drain()
+    writer.write_eof()
+    await reader.read(1)  # until the client has closed: an abort would throw away what it has not read

@@ -15,7 +15,7 @@ DRAINING = "draining"
 DRAINED = "drained"
 STATES = (READY, "loading", "suspect", "recycling", "stopping", "failed", DRAINING, DRAINED, "down")
 
-_COUNTS = ("in_flight", "waiting", "served", "refused", "failed")
+_COUNTS = ("in_flight", "waiting", "queue", "served", "refused", "failed")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class View:
     """When the pass ended, ISO 8601."""
     seconds: float
     """How long it took."""
+    changes: Sequence[Mapping[str, Any]] = ()
+    """What operators and roll-outs did last, the newest first."""
 
     def state(self, name: str) -> str:
         """One of STATES. A drain shows as long as the guard answers: of an instance that is down it says nothing."""
@@ -74,7 +76,20 @@ def document(view: View) -> dict[str, Any]:
         "totals": totals,
         "services": {name: _sums([entry for entry in entries if entry["service"] == name]) for name in services},
         "instances": entries,
+        "changes": list(view.changes),
     }
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a reader of one document must write over it to have the next; None where instances came or went.
+
+    Of the instances these are those that differ, whole.
+    """
+    known = {entry["id"]: entry for entry in before["instances"]}
+    if list(known) != [entry["id"] for entry in after["instances"]]:
+        return None
+    fields = {name: value for name, value in after.items() if value != before[name]}
+    return {**fields, "instances": [entry for entry in after["instances"] if entry != known[entry["id"]]]}
 
 
 def health(document: Mapping[str, Any]) -> str:
