@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -260,6 +261,19 @@ def test_lines_of_a_rollout_are_written_in_the_same_call(run: Callable[..., dict
     (line,) = audit(tmp_path)
     assert list(line) == ["time", "by", "what", "instance", "from", "to", "result"]
     assert line["by"] == "alice@desk"
+
+
+def test_the_agent_may_read_the_audit_log_whatever_umask(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        run(None)
+    finally:
+        os.umask(umask)
+    log = tmp_path / "audit.log"
+    assert log.stat().st_mode & 0o777 == 0o644
+    log.chmod(0o600)
+    run(None, state="serving")
+    assert log.stat().st_mode & 0o777 == 0o600, "an operator's own choice stays"
 
 
 def test_an_audit_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

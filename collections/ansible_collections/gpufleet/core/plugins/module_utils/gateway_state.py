@@ -81,6 +81,8 @@ def append_audit(directory: Path, lines: list[Record]) -> None:
     # One write in append mode: lines of two runs cannot mix.
     descriptor = os.open(directory / AUDIT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        if os.fstat(descriptor).st_size == 0:
+            os.fchmod(descriptor, 0o644)  # whatever root's umask: the agent reads it, who is not root
         os.write(descriptor, text.encode())
         os.fsync(descriptor)
     finally:
