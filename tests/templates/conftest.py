@@ -69,6 +69,7 @@ class Gateway:
         run = ("run/gpufleet-gateway", "run/gpufleet-agent/down")
         for name in (*run, "var/lib/gpufleet-gateway/drain", "var/lib/nginx", "var/log/nginx"):
             (folder / name).mkdir(parents=True)
+        shutil.copytree(PROJECT / "service/agent", folder / "opt/gpufleet/fleet-agent/current")
 
     def write(self, fleet: dict[str, Any], **variables: Any) -> None:
         """Render the configurations of nginx and of the agent for a fleet."""
@@ -84,7 +85,7 @@ class Gateway:
 
     def _moved(self, text: str) -> str:
         """Move absolute paths below the folder."""
-        for path in ("/run/", "/var/log/nginx", "/var/lib/gpufleet-gateway"):
+        for path in ("/run/", "/var/log/nginx", "/var/lib/gpufleet-gateway", "/opt/gpufleet"):
             text = text.replace(path, f"{self.folder}{path}")
         return text
 

@@ -12,7 +12,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\
 class SimulatedGpu:
     """An HTTP server on one address and port; ``answer`` works on a request and returns the bytes to send.
 
-    ``stream`` is sent before it, a chunk every ``seconds``. Its guard says that it is in ``state``.
+    ``stream`` is sent before it, a chunk every ``seconds``. Its guard says that it is in ``state``, and whatever is
+    ``told`` besides.
     """
 
     def __init__(self, address: str, port: int) -> None:
@@ -21,6 +22,7 @@ class SimulatedGpu:
         self.answer: Callable[[], Awaitable[bytes]] = self.work
         self.stream: list[bytes] = []
         self.state = "ready"
+        self.told: dict[str, object] = {}
         self.running = self.peak = self.started = 0
         self.bodies: list[int] = []
         self.headers: dict[str, str] = {}
@@ -44,18 +46,19 @@ class SimulatedGpu:
     def status(self) -> bytes:
         """Say what a guard says."""
         counts = {"in_flight": self.running, "served": self.started - self.running, "refused": 0, "failed": 0}
-        body = json.dumps({"state": self.state, "since": "2026-01-01T00:00:00+00:00", "version": "f00d", **counts})
+        body = json.dumps(
+            {"state": self.state, "since": "2026-01-01T00:00:00+00:00", "version": "f00d", **counts, **self.told}
+        )
         return f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             pairs = [line.split(": ", 1) for line in head.split("\r\n")[1:] if line]
             headers = {name.lower(): value for name, value in pairs}
             if head.split()[1] == STATUS_PATH:
                 writer.write(self.status())
                 await writer.drain()
-                writer.close()
                 return
             self.headers = headers
             body = await reader.readexactly(int(self.headers.get("content-length", 0)))
@@ -71,4 +74,3 @@ class SimulatedGpu:
                 await writer.drain()
             finally:
                 self.running -= 1
-        writer.close()

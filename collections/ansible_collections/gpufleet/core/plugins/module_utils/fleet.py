@@ -22,6 +22,7 @@ RUN_DIRECTORY = "/run/gpufleet-gateway"  # the unix sockets of the gateway's inn
 DRAIN_DIRECTORY = "/var/lib/gpufleet-gateway/drain"  # a file named after an instance keeps new requests away from it
 DOWN_DIRECTORY = "/run/gpufleet-agent/down"  # likewise, but raised and cleared by the gateway's agent
 AGENT_SOCKET = "/run/gpufleet-agent/http.sock"  # where the agent tells the state of the cluster
+PAGE_DIRECTORY = "/opt/gpufleet/fleet-agent/current/page"  # of the agent's release: the page that shows it
 SOCKET_PATH_MAX = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
 DEFAULT_PORT = 9999
 REQUIRED = object()
@@ -163,6 +164,7 @@ def derive(
         "drain_directory": DRAIN_DIRECTORY,
         "down_directory": DOWN_DIRECTORY,
         "agent_socket": AGENT_SOCKET,
+        "page_directory": PAGE_DIRECTORY,
         "capacity": sum(instance["slots"] for instance in instances),
         "faults": faults.lines,
     }
