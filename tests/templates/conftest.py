@@ -22,8 +22,17 @@ from testbed.shell import unpack
 from tests.templates.gpu import SimulatedGpu
 from tests.templates.render import PROJECT, files_made, render
 
-# Several checkouts may be tested on one machine at a time: each has a loopback network and a port of its own.
-NETWORK = f"127.{16 + os.getpid() % 200}"
+
+def reserve_network() -> tuple[str, socket.socket]:
+    """A loopback network, as the first half of its addresses, that is nobody else's while the socket is open."""
+    for number in range(16, 216):
+        with contextlib.suppress(OSError):
+            return f"127.{number}", socket.create_server((f"127.{number}.255.254", 20000))
+    raise RuntimeError("other tests have all loopback networks")
+
+
+# Several test processes, of this checkout and of others, run on one machine at a time.
+NETWORK, _RESERVED = reserve_network()
 with socket.create_server(("127.0.0.1", 0)) as probe:
     PORT = probe.getsockname()[1]
 ROUTE = "/AIVoice/TTS/CosyVoice2/"
