@@ -741,8 +741,9 @@ def test_the_status_of_a_healthy_cluster():
     }
     assert seen["instances"][0] == {
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
-        **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "slots": 2, "in_flight": 1},
-        **{"waiting": None, "queue": None, "served": 10, "refused": None, "failed": None, "version": None},
+        **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "started": None, "slots": 2},
+        **{"in_flight": 1, "waiting": None, "queue": None, "served": 10, "refused": None, "failed": None},
+        **{"version": None},
     }
     assert health(seen) == "healthy\n"
 
@@ -791,6 +792,21 @@ def test_metrics_are_prometheus_text():
     assert 'gpufleet_instance_in_flight{instance="tts-\\"a\\\\-0",service="tts",host="g"} 1\n' in text
     assert text.count(',state="') == 9
     assert "gpufleet_agent_pass_seconds 0.25\n" in text
+
+
+def test_metrics_tell_what_guards_count_and_when_they_began():
+    view = view_of({name: EQUAL[name] for name in ("tts-gpu01-0", "tts-gpu01-1")})
+    told = replace(view.standings["tts-gpu01-0"], numbers={"in_flight": 0, "failed": 2, "started": 1767225600})
+    lines = metrics(document(replace(view, standings={**view.standings, "tts-gpu01-0": told})), 0).splitlines()
+    first, second = (f'instance="tts-gpu01-{gpu}",service="tts",host="gpu01"' for gpu in (0, 1))
+    assert [line for line in lines if line.startswith("gpufleet_instance_start")] == [
+        f"gpufleet_instance_start_time_seconds{{{first}}} 1767225600"
+    ]
+    assert [line for line in lines if "requests_total" in line and not line.startswith("# HELP")] == [
+        "# TYPE gpufleet_instance_requests_total counter",
+        f'gpufleet_instance_requests_total{{{first},outcome="failed"}} 2',
+        f'gpufleet_instance_requests_total{{{second},outcome="served"}} 10',
+    ]
 
 
 def fetch(path, request=b"GET /health HTTP/1.0\r\n\r\n"):

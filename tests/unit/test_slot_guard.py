@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import threading
+import time
 from contextlib import asynccontextmanager
 
 import httpx
@@ -359,6 +360,8 @@ def test_status_and_metrics_as_httpx_sees_them():
         assert (status["instance"], status["version"], status["app"]) == ('a"b\\c', "v1", "x:y")
         assert (status["state"], status["slots"], status["in_flight"]) == ("ready", 2, 0)
         assert status["since"].endswith("+00:00")
+        assert 0 <= time.time() - status["started"] < 60
+        assert f'slot_guard_start_time_seconds{{instance="a\\"b\\\\c",version="v1"}} {status["started"]}\n' in text
         assert 'served"} 123456789\n' in text
         assert 'slot_guard_slots{instance="a\\"b\\\\c",version="v1"} 2\n' in text
 

@@ -14,7 +14,7 @@ STATUS_PATH = "/_slot_guard/status"
 MAX_ANSWER = 65_536
 """Bytes of a guard's head, and of its body. Its own hold some hundred, a stack of a blocked event loop included."""
 
-COUNTS = ("waiting", "queue", "served", "refused", "failed")
+COUNTS = ("waiting", "queue", "served", "refused", "failed", "started")
 MAX_TEXT = 200
 MAX_COUNT = 2**53
 """JSON's readers take numbers for doubles."""

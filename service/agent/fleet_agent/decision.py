@@ -26,7 +26,7 @@ class Answer:
     since: str = ""
     """Since when it is so, ISO 8601, where the guard says."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """in_flight, waiting, queue, served, refused, failed, version and warning, as far as the guard told them."""
+    """in_flight, waiting, queue, served, refused, failed, started, version and warning, as far as the guard told."""
 
 
 @dataclass(frozen=True)

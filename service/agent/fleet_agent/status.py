@@ -108,9 +108,9 @@ def metrics(document: Mapping[str, Any], seconds: float) -> str:
     """The status document in Prometheus' text format 0.0.4; `seconds` is what the pass took."""
     lines: list[str] = []
 
-    def family(name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> None:
+    def family(name: str, text: str, samples: Iterable[tuple[Mapping[str, str], float]], kind: str = "gauge") -> None:
         lines.append(f"# HELP gpufleet_{name} {text}")
-        lines.append(f"# TYPE gpufleet_{name} gauge")
+        lines.append(f"# TYPE gpufleet_{name} {kind}")
         for labels, value in samples:
             # JSON escapes what Prometheus wants escaped, and as it wants it.
             shown = ",".join(f"{name}={json.dumps(text, ensure_ascii=False)}" for name, text in labels.items())
@@ -119,13 +119,21 @@ def metrics(document: Mapping[str, Any], seconds: float) -> str:
     entries: Sequence[Mapping[str, Any]] = document["instances"]
     states = [({**_labels(entry), "state": name}, int(entry["state"] == name)) for entry in entries for name in STATES]
     family("instance_state", "1 for the state that an instance is in.", states)
-    for name, text in (
-        ("in_flight", "Slots held by work."),
-        ("waiting", "Requests that wait for a slot."),
-        ("slots", "Requests that the gateway lets in at once."),
+    for field, name, text in (
+        ("in_flight", "in_flight", "Slots held by work."),
+        ("waiting", "waiting", "Requests that wait for a slot."),
+        ("slots", "slots", "Requests that the gateway lets in at once."),
+        ("started", "start_time_seconds", "When the process began, in Unix time."),
     ):
-        known = [entry for entry in entries if entry[name] is not None]
-        family(f"instance_{name}", text, [(_labels(entry), entry[name]) for entry in known])
+        known = [entry for entry in entries if entry[field] is not None]
+        family(f"instance_{name}", text, [(_labels(entry), entry[field]) for entry in known])
+    outcomes = [
+        ({**_labels(entry), "outcome": outcome}, entry[outcome])
+        for entry in entries
+        for outcome in ("served", "refused", "failed")
+        if entry[outcome] is not None
+    ]
+    family("instance_requests_total", "Requests that reached an instance, since it began.", outcomes, "counter")
     family("agent_pass_seconds", "How long the last pass over all instances took.", [({}, round(seconds, 3))])
     family("agent_warning", "1 while silence raises no flag.", [({}, int(document["warning"] is not None))])
     return "".join(f"{line}\n" for line in lines)
@@ -148,6 +156,7 @@ def _entry(view: View, instance: Instance) -> dict[str, Any]:
         "reason": standing.reason or None,
         "warning": standing.numbers.get("warning") or None,
         "since": standing.since or None,
+        "started": standing.numbers.get("started"),
         "slots": instance.slots,
         **{name: standing.numbers.get(name) for name in _COUNTS},
         "version": standing.numbers.get("version") or None,

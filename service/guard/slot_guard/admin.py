@@ -75,6 +75,7 @@ def metrics_text(status: Mapping[str, Any]) -> bytes:
     family("ready", "gauge", "1 while new requests are taken.", {"": int(status["state"] == "ready")})
     family("suspect", "gauge", "1 while taken out for failures.", {"": int(status["state"] == "suspect")})
     family("recycling", "gauge", "1 while it ends because it has worn out.", {"": int(status["state"] == "recycling")})
+    family("start_time_seconds", "gauge", "When the process began, in Unix time.", {"": status["started"]})
     family("consecutive_failures", "gauge", "Failed requests in a row.", {"": status["consecutive_failures"]})
     family("trips", "gauge", "Times in a row that it was taken out.", {"": status["trips"]})
     blocked = status["loop_blocked"]

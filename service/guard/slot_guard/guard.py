@@ -99,6 +99,7 @@ class SlotGuard:
         self.slots = Slots(settings.slots, settings.queue)
         self.state = "loading"
         self.since = utc_now()
+        self.started = int(time.time())
         self.requests = {"served": 0, "refused": 0, "failed": 0}
         self._reserved = Reservations(CLAIM_SECONDS)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -144,6 +145,7 @@ class SlotGuard:
             "app": self.settings.app,
             "state": self.state,
             "since": self.since,
+            "started": self.started,
             "reason": self._worn_out or (trip and trip.reason),
             "warning": "; ".join(filter(None, (self._watchdog.warning, self._misfit))) or None,
             "consecutive_failures": self._breaker.failures,
