@@ -18,7 +18,7 @@ import httpx
 import pytest
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 
-from testbed.shell import unpack
+from testbed.shell import provide, unpack
 from tests.templates.gpu import SimulatedGpu
 from tests.templates.render import PROJECT, files_made, render
 
@@ -47,6 +47,18 @@ def nginx_program() -> str:
     folder = PROJECT / ".cache/nginx"
     unpack(folder, "nginx")
     return str(folder / "usr/sbin/nginx")
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate for localhost, `cert.pem`, and its `key.pem`."""
+    provide({"openssl": "openssl"})
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run(
+        [*command, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True
+    )
+    return folder
 
 
 def article_fleet(hosts: int = 3, gpu_count: int = 2, client_limit: int = 6, **service: Any) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class SimulatedGpu:
     def status(self) -> bytes:
         """Say what a guard says."""
         counts = {"in_flight": self.running, "served": self.started - self.running, "refused": 0, "failed": 0}
+        counts |= {"waiting": 0, "started": 1767225600}
         body = json.dumps(
             {"state": self.state, "since": "2026-01-01T00:00:00+00:00", "version": "f00d", **counts, **self.told}
         )

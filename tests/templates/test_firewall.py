@@ -17,7 +17,8 @@ from tests.templates.render import render, role_variables
 HOST, HOST6 = "10.99.0.1", "fd99::1"
 GATEWAY, GATEWAY6 = "10.99.0.100", "fd99::64"
 STRANGER, STRANGER6 = "10.99.0.66", "fd99::66"
-INSTANCE, OTHER = 12321, 8080
+WATCHER, WATCHER6 = "10.99.0.9", "fd99::9"
+INSTANCE, METRICS, OTHER = 12321, 9100, 8080
 
 SYSTEMCTL = """#!/bin/sh
 # systemctl, simulated: one unit, whose Exec lines it runs, and whether it is enabled and active.
@@ -41,16 +42,19 @@ def programs():
 
 @pytest.fixture
 def network():
-    near = [f"{address}/24" for address in (GATEWAY, STRANGER)] + [f"{address}/64" for address in (GATEWAY6, STRANGER6)]
+    near = [f"{address}/24" for address in (GATEWAY, STRANGER, WATCHER)]
+    near += [f"{address}/64" for address in (GATEWAY6, STRANGER6, WATCHER6)]
     with Network([f"{HOST}/24", f"{HOST6}/64"], near).up() as up:
         yield up
 
 
-def fleet(gateways=(GATEWAY, GATEWAY6), gpu_count=1):
+def fleet(gateways=(GATEWAY, GATEWAY6), gpu_count=1, monitoring=()):
     hostvars = {"gpu01": {"ansible_host": HOST, "gpu_count": gpu_count}}
     hostvars |= {f"gateway{number}": {"ansible_host": address} for number, address in enumerate(gateways)}
+    hostvars |= {f"watcher{number}": {"ansible_host": address} for number, address in enumerate(monitoring)}
     service = {"route": "/tts/", "app": "app:app", "code": {"source": "."}, "conda_env": "tts", "client_limit": 1}
-    groups = {"gpu_servers": ["gpu01"], "gateways": [name for name in hostvars if name != "gpu01"]}
+    groups = {"gpu_servers": ["gpu01"], "gateways": [name for name in hostvars if name.startswith("gateway")]}
+    groups["monitoring"] = [name for name in hostvars if name.startswith("watcher")]
     derived = derive({"tts": service}, groups, hostvars, conda_envs={"tts": {"lock": "."}})
     assert derived["faults"] == []
     return derived
@@ -115,6 +119,20 @@ def test_only_gateways_and_the_host_itself_reach_the_instances(host):
         )
         own = [("127.0.0.1", "127.0.0.1", INSTANCE), (HOST, HOST, INSTANCE), ("::1", "::1", INSTANCE)]
         assert network.connect(network.host, *own) == ["connected"] * 3
+
+
+def test_metrics_are_told_to_monitoring_hosts_alone_who_reach_no_instance(host):
+    network = host.network
+    attempts = [(source, HOST, port) for source in (GATEWAY, STRANGER, WATCHER) for port in (METRICS, INSTANCE)]
+    attempts += [(WATCHER6, HOST6, METRICS), (STRANGER6, HOST6, METRICS)]
+    refused, let_in = "ConnectionRefusedError", "connected"
+    with network.listening(INSTANCE, METRICS):
+        host.apply(rendered("firewall.nft.j2", fleet(monitoring=(WATCHER, WATCHER6))))
+        told = network.connect(network.outside, *attempts)
+        assert told == [refused, let_in, refused, refused, let_in, refused, let_in, refused]
+        assert network.connect(network.host, ("127.0.0.1", "127.0.0.1", METRICS)) == [let_in]
+        host.apply(rendered("firewall.nft.j2", fleet()))
+        assert network.connect(network.outside, (STRANGER, HOST, METRICS)) == [let_in], "it is not ours any more"
 
 
 def test_connections_of_the_host_from_such_a_port_are_left_alone(host):

@@ -4,13 +4,11 @@ import asyncio
 import collections
 import re
 import ssl
-import subprocess
 import time
 
 import httpx
 import pytest
 
-from testbed.shell import provide
 from tests.templates.conftest import PORT, ROUTE, article_fleet, running
 
 BUSY = "Over the concurrency limit, please retry later / 超出并发限制,服务器过载,请稍后重试"
@@ -18,17 +16,6 @@ BUSY = "Over the concurrency limit, please retry later / 超出并发限制,服�
 
 def statuses(answers):
     return collections.Counter(answer.status_code for answer in answers if answer is not None)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    provide({"openssl": "openssl"})
-    folder = tmp_path_factory.mktemp("tls")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
-    subprocess.run(
-        [*command, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True
-    )
-    return folder
 
 
 @pytest.mark.parametrize("hosts", [1, 3, 300])

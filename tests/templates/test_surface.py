@@ -39,7 +39,10 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("route", [ROUTE, "/"])
 def test_a_scanner_finds_nothing(tmp_path, options, route):
-    assert findings(render("gateway", "nginx.conf.j2", article_fleet(route=route), **OPTIONS[options]), tmp_path) == []
+    fleet = article_fleet(route=route)
+    if options == "every option":
+        fleet["monitoring"] = [{"host": "watcher", "address": "10.0.0.9"}, {"host": "other", "address": "[fd00::9]"}]
+    assert findings(render("gateway", "nginx.conf.j2", fleet, **OPTIONS[options]), tmp_path) == []
 
 
 def test_the_scanner_finds_what_is_wrong(tmp_path):

@@ -213,3 +213,16 @@ def test_what_only_gpu_hosts_need_is_not_asked_of_a_gateway(capsys: pytest.Captu
     result = run(capsys, gateway_port=9999, architecture="vax", free_gigabytes={"/opt/conda": 1e9})
     assert "architecture" not in result.get("msg", "")
     assert "preflight_free_gigabytes" not in result.get("msg", "")
+
+
+@pytest.mark.parametrize("found", [[], ["MONITORED"], ["MONITORED", "MONITORS"]], ids=" ".join)
+def test_what_monitoring_has_left_on_a_host_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: list[str]
+) -> None:
+    monkeypatch.setattr(host_check, "check", lambda module: [])
+    for name in ("MONITORED", "MONITORS"):
+        monkeypatch.setattr(host_check, name, tmp_path / name)
+    for name in found:
+        (tmp_path / name).touch()
+    result = run(capsys)
+    assert {name.upper() for name in ("monitored", "monitors") if result[name]} == set(found)

@@ -53,5 +53,7 @@ def test_the_production_example_can_be_read_and_each_role_is_a_tag():
         "[always, conda_env, gpu_workers, service_code]",
         "[agent, always, gateway]",
         "[always, gpu_workers]",
+        "[monitoring]",
+        "[always, monitoring]",
         "[always]",
     ]

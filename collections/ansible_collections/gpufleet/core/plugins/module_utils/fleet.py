@@ -23,6 +23,16 @@ DRAIN_DIRECTORY = "/var/lib/gpufleet-gateway/drain"  # a file named after an ins
 DOWN_DIRECTORY = "/run/gpufleet-agent/down"  # likewise, but raised and cleared by the gateway's agent
 AGENT_SOCKET = "/run/gpufleet-agent/http.sock"  # where the agent tells the state of the cluster
 PAGE_DIRECTORY = "/opt/gpufleet/fleet-agent/current/page"  # of the agent's release: the page that shows it
+#: TCP ports of what monitoring brings, the programs' own defaults; `nginx_status` is what the exporter of nginx asks.
+MONITORING_PORTS = {
+    "node": 9100,
+    "nginx": 9113,
+    "nginx_status": 9112,
+    "requests": 3903,
+    "prometheus": 9090,
+    "probe": 9115,
+    "alertmanager": 9093,
+}
 SOCKET_PATH_MAX = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
 DEFAULT_PORT = 9999
 REQUIRED = object()
@@ -73,6 +83,14 @@ _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _GIT_SOURCE = re.compile(r"(?:[a-z+]+://|[\w.-]+@[\w.-]+:)")
 _CREDENTIAL = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@")
 
+GATEWAY_BY_IP = (
+    "a name, and the guards know their gateways by address",
+    "Give the IP address from which the gateway reaches the GPU servers",
+)
+MONITORING_BY_IP = (
+    "a name, and metrics are told to addresses",
+    "Give the IP address from which Prometheus reaches the others",
+)
 HIDDEN = "(hidden)"
 """Shown for what may be or hold a password."""
 
@@ -110,6 +128,7 @@ def derive(
     gpu_group: str = "gpu_servers",
     gateway_group: str = "gateways",
     port: Any = DEFAULT_PORT,
+    monitoring_group: str = "monitoring",
 ) -> dict[str, Any]:
     """Derive the fleet from inventory variables.
 
@@ -120,12 +139,16 @@ def derive(
     :param gpu_group: the group of the GPU servers.
     :param gateway_group: the group of the gateways.
     :param port: TCP port that the gateway serves.
+    :param monitoring_group: the group of the hosts with Prometheus, which may be empty or not there.
     :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
-        ``gateways`` with their capacities in concurrent requests, and ``faults``. With faults the rest is a best
-        effort that must not be rolled out.
+        ``gateways`` with their capacities in concurrent requests, ``monitoring``, and ``faults``. With faults the rest
+        is a best effort that must not be rolled out.
     """
     faults = Faults()
-    gateways = _gateways(groups, hostvars, gateway_group, faults)
+    gateways = _known_by_ip(groups, hostvars, gateway_group, GATEWAY_BY_IP, faults)
+    if not gateways:
+        faults.add("inventory", f"group {gateway_group}", [], "there is no gateway", "Put the gateway's host into it")
+    monitoring = _known_by_ip(groups, hostvars, monitoring_group, MONITORING_BY_IP, faults)
     port = _whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
     gpus = {host: _gpus(host, hostvars[host], faults) for host in sorted(groups.get(gpu_group, ()))}
     if not gpus:
@@ -141,7 +164,7 @@ def derive(
         for host in sorted(set(groups.get(service["group"], ())) & set(gpus))
         for gpu in gpus[host]
     ]
-    _refuse_collisions(instances, gateways, port, faults)
+    _refuse_collisions(instances, gateways, port, _monitoring_listeners(gpus, gateways, monitoring), faults)
     for name, service in known_services.items():
         own = [instance for instance in instances if instance["service"] == name]
         service["capacity"] = sum(instance["slots"] for instance in own)
@@ -159,6 +182,8 @@ def derive(
         "services": known_services,
         "hosts": hosts,
         "gateways": gateways,
+        "monitoring": monitoring,
+        "monitoring_ports": MONITORING_PORTS,
         "port": port,
         "run_directory": RUN_DIRECTORY,
         "drain_directory": DRAIN_DIRECTORY,
@@ -198,19 +223,22 @@ def _check_client_limit(service: Mapping[str, Any], hosts: set[str], faults: Fau
         )
 
 
-def _gateways(
-    groups: Mapping[str, list[str]], hostvars: Mapping[str, Mapping[str, Any]], group: str, faults: Faults
+def _known_by_ip(
+    groups: Mapping[str, list[str]],
+    hostvars: Mapping[str, Mapping[str, Any]],
+    group: str,
+    why: tuple[str, str],
+    faults: Faults,
 ) -> list[dict[str, str]]:
-    hosts = sorted(groups.get(group, ()))
-    if not hosts:
-        faults.add("inventory", f"group {group}", [], "there is no gateway", "Put the gateway's host into it")
-    gateways = [{"host": host, "address": _address(host, hostvars[host], faults)} for host in hosts]
-    for gateway in gateways:
-        if not _ip(gateway["address"]) and f"host {gateway['host']}" not in faults.places:
-            problem = "a name, and the guards know their gateways by address"
-            remedy = "Give the IP address from which the gateway reaches the GPU servers"
-            faults.add(f"host {gateway['host']}", "fleet_address", gateway["address"], problem, remedy)
-    return gateways
+    """The hosts of a group whose connections others let in by IP address; ``why`` is that, and what to give."""
+    hosts = [
+        {"host": host, "address": _address(host, hostvars[host], faults)} for host in sorted(groups.get(group, ()))
+    ]
+    problem, remedy = why
+    for host in hosts:
+        if not _ip(host["address"]) and f"host {host['host']}" not in faults.places:
+            faults.add(f"host {host['host']}", "fleet_address", host["address"], problem, remedy)
+    return hosts
 
 
 def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -495,11 +523,34 @@ def _refuse_shared_addresses(addresses: Mapping[str, str], faults: Faults) -> No
             faults.add(f"host {host}", "ansible_host", address, f"the address of {first} too", remedy)
 
 
+def _monitoring_listeners(
+    gpus: Iterable[str], gateways: list[dict[str, str]], monitoring: list[dict[str, str]]
+) -> dict[tuple[str, int], str]:
+    """The listeners that monitoring brings, by host and port; none where no host is in its group."""
+    if not monitoring:
+        return {}
+    fronts, watchers = ([member["host"] for member in members] for members in (gateways, monitoring))
+    places = {
+        "node": [*gpus, *fronts, *watchers],
+        **dict.fromkeys(("nginx", "nginx_status", "requests"), fronts),
+        **dict.fromkeys(("prometheus", "probe", "alertmanager"), watchers),
+    }
+    return {(host, MONITORING_PORTS[kind]): f"monitoring ({kind})" for kind, hosts in places.items() for host in hosts}
+
+
 def _refuse_collisions(
-    instances: list[dict[str, Any]], gateways: list[dict[str, str]], port: int, faults: Faults
+    instances: list[dict[str, Any]],
+    gateways: list[dict[str, str]],
+    port: int,
+    taken: dict[tuple[str, int], str],
+    faults: Faults,
 ) -> None:
     """Refuse two listeners on one port of a host, and names that the operating system cannot carry."""
-    taken = {(gateway["host"], port): "the gateway" for gateway in gateways}
+    for gateway in gateways:
+        owner = taken.setdefault((gateway["host"], port), "the gateway")
+        if owner != "the gateway":
+            problem = f"the port of the gateway is taken by {owner}"
+            faults.add(f"host {gateway['host']}", "fleet_port", port, problem, "Give the gateway another port")
     for instance in instances:
         where, base_port = f"host {instance['host']}", f"services.{instance['service']}.base_port"
         owner = taken.setdefault((instance["host"], instance["port"]), instance["id"])

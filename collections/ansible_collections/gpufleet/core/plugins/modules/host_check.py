@@ -68,6 +68,14 @@ faults:
   returned: failure
   type: list
   elements: str
+monitored:
+  description: Whether the role monitoring had the host tell its metrics.
+  returned: success
+  type: bool
+monitors:
+  description: Whether the role monitoring had the host collect metrics.
+  returned: success
+  type: bool
 """
 
 #: ID of /etc/os-release and its VERSION_IDs.
@@ -77,6 +85,9 @@ GIGABYTE = 1 << 30
 #: Where distributions let the accounts of people begin: UID_MIN of login.defs.
 FIRST_PERSON = 1000
 GATEWAY_CONFIGURATION = Path("/etc/nginx/nginx.conf")
+#: Drop-ins of the role monitoring: on every host, and on those with Prometheus.
+MONITORED = Path("/etc/systemd/system/prometheus-node-exporter.service.d/gpufleet.conf")
+MONITORS = Path("/etc/systemd/system/prometheus.service.d/gpufleet.conf")
 
 _LISTED_GPU = re.compile(r"^\s*(?P<kind>GPU|MIG)\b.*\(UUID: (?P<uuid>[^)]+)\)", re.MULTILINE)
 _TCP_LISTEN = "0A"  # state in /proc/net/tcp, proc(5)
@@ -309,7 +320,7 @@ def main() -> None:
     faults = [f"host {module.params['host']}: {line}" for line in check(module)]
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
-    module.exit_json(changed=False)
+    module.exit_json(changed=False, monitored=MONITORED.exists(), monitors=MONITORS.exists())
 
 
 if __name__ == "__main__":
