@@ -66,6 +66,7 @@ def fields() -> dict[str, dict[str, Setting]]:
         "fleet_port": parameters["port"].default,
         "fleet_gpu_group": parameters["gpu_group"].default,
         "fleet_gateway_group": parameters["gateway_group"].default,
+        "fleet_monitoring_group": parameters["monitoring_group"].default,
     }
     defaults: dict[str, Mapping[str, Any]] = {
         "cluster": cluster,
