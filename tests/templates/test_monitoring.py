@@ -238,6 +238,42 @@ def test_dashboards_are_told_apart_and_lie_side_by_side():
         assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]), name
 
 
+ARTICLE = (
+    '127.0.0.1 - - [25/Nov/2026:10:00:00 +0000] "POST /tts/ HTTP/1.1" %d 2 "-" "%s" "-" upstream_addr=unix:/x '
+    "upstream_response_time=0.3 request_time=%s server_name=_ connections_active=3 upstream_status=200 request_id=f"
+)
+JSON = (
+    '{"time":"2026-11-25T10:00:00+00:00","request":"POST /tts/ HTTP/1.1","status":%d,"body_bytes_sent":2,'
+    '"http_user_agent":"%s","request_time":%s,"server_name":"_","request_id":"f"}'
+)
+
+
+def test_requests_are_counted_in_either_format_whatever_clients_call_themselves(programs, tmp_path):
+    logs = {
+        "tts_access.log": [
+            ARTICLE % (200, "curl", "0.300"),
+            ARTICLE % (503, " 200 1 request_time=9.0 server_name=", "0.001"),
+        ],
+        "asr_access.log": [
+            JSON % (200, "curl", "7.000"),
+            JSON % (504, r"\"status\":200,\"request_time\":9.0,", "0.250"),
+        ],
+        "gateway-refusals.log": [ARTICLE % (401, "curl", "0.000"), "no line of ours"],
+        "error.log": [ARTICLE % (500, "curl", "0.000")],
+    }
+    for name, lines in logs.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    command = [programs / "usr/bin/mtail", "--progs", ROLE / "files/requests.mtail", "--logs", f"{tmp_path}/*.log"]
+    options = ["--one_shot", "--one_shot_format=prometheus", "--emit_prog_label=false", "--logtostderr", "--port=0"]
+    told = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+    counts = re.findall(r'requests_total\{service="(\w+)",status="(\d+)"\} (\d+)', told)
+    assert {(service, int(status)): int(count) for service, status, count in counts} == {
+        **{("tts", 200): 1, ("tts", 503): 1, ("asr", 200): 1, ("asr", 504): 1, ("gateway", 401): 1},
+    }
+    sums = dict(re.findall(r'request_seconds_sum\{service="(\w+)"\} ([\d.]+)', told))
+    assert (float(sums["tts"]), float(sums["asr"])) == (0.301, 7.25)
+
+
 def test_metrics_are_told_apart_from_the_words_around_them():
     expression = 'sum by (host) (rate(a_total{b="c"}[5m])) / on (host) time() - d:e offset 2h > bool 0.5 * 3600'
     assert metrics_of(expression) == {"a_total", "d:e"}

@@ -165,10 +165,13 @@ class Unit:
 
     def put_back(self) -> None:
         """Have the files that were found, and the unit as it was."""
+        undone = [verb for verb, was in (("stop", self.active), ("disable", self.enabled)) if not was]
+        again = [verb for verb, was in (("enable", self.enabled), ("restart", self.active)) if was]
+        for verb in undone:
+            self.module.run_command(["systemctl", verb, self.name])
         self.write(self.found)
-        for verb, wanted in (("enable", self.enabled), ("restart", self.active)):
-            opposite = {"enable": "disable", "restart": "stop"}[verb]
-            self.module.run_command(["systemctl", verb if wanted else opposite, self.name])
+        for verb in again:
+            self.module.run_command(["systemctl", verb, self.name])
 
     def write(self, texts: Texts) -> None:
         """Write files, and let systemd read those that are its own."""
