@@ -22,7 +22,8 @@ SUITE = "bookworm"
 PACKAGES = ("systemd-sysv", "openssh-server", "python3", "python3-apt", "ca-certificates", "iproute2", "procps")
 # Downloaded into apt's cache and not installed: the roles' own installation then needs no network, and where the
 # cache has aged apt fetches what is newer.
-LIKELY_PACKAGES = ("nginx", "supervisor", "nftables", "espeak-ng", "zstd", "git")
+LIKELY_PACKAGES = ("nginx", "supervisor", "nftables", "espeak-ng", "zstd", "git", "logrotate", "mtail")
+LIKELY_PACKAGES += ("prometheus", *(f"prometheus-{name}-exporter" for name in ("node", "nginx", "blackbox")))
 UNREAD = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 # Host keys are made per host; a key baked into an image would be the same on all of them.
 CUSTOMIZE = (
@@ -93,6 +94,8 @@ def overlay() -> bytes:
         "etc/ssh/sshd_config.d/gpufleet.conf": SSHD_SETTINGS.encode(),
         # pam_env gives it to every ssh login.
         "etc/environment": proxies.encode(),
+        # Debian's unit wants what no container without privileges has.
+        "etc/systemd/system/prometheus.service.d/container.conf": b"[Service]\nPrivateUsers=no\n",
     }
     files |= {str(file.relative_to("/")): file.read_bytes() for file in sorted(AUTHORITIES.glob("**/*.crt"))}
     return tar(files)

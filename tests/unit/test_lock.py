@@ -91,6 +91,15 @@ def test_check_mode_takes_nothing_and_still_sees_the_lock(run: Callable[..., dic
     assert run(BOB, check=True)["failed"]
 
 
+def test_a_check_run_after_one_that_was_cut_off_ends_well_and_leaves_its_lock(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run(ALICE)
+    assert not run(BOB, check=True, ended=ALICE).get("failed")
+    assert not run(BOB, "free", check=True).get("failed")
+    assert run(BOB)["failed"]
+
+
 def test_of_many_runs_at_once_one_gets_the_lock(tmp_path: Path) -> None:
     def attempt(number: int) -> bool:
         try:

@@ -121,14 +121,14 @@ def hold(path: Path, holder: Record, ended: Mapping[str, Any] | None, force: boo
 
 
 def free(path: Path, holder: Record, check: bool) -> dict[str, Any]:
-    """Give the lock back and return the module's result.
+    """Give the lock back and return the module's result. A check run has none: what is there is another run's.
 
     :raises Locked: it has been broken meanwhile, so two runs may have changed the fleet.
     """
     found = read_record(path)
-    if found is not None and not is_same_run(found, holder):
-        raise Locked(f"The lock of this run was broken meanwhile. {describe(found)}.", found)
     if not check:
+        if found is not None and not is_same_run(found, holder):
+            raise Locked(f"The lock of this run was broken meanwhile. {describe(found)}.", found)
         remove_record(path)
     return {"changed": False, "holder": found or {}, "taken_over": None}
 
