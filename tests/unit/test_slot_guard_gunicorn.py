@@ -283,3 +283,25 @@ def test_an_apps_own_429_is_no_refusal_to_the_gateway(server):
     assert (status, headers["X-Own"], headers["X-Slot-Guard"]) == (503, "yes", "app-429")
     assert body == b"monthly quota used up"
     assert server.status()["failed"] == failed
+
+
+@pytest.mark.parametrize("own_format", [{}, {"OWN_FORMAT": "%(name)s says %(message)s for %(request_id)s"}])
+def test_each_line_in_the_log_says_for_which_request_it_is(tmp_path, own_format):
+    """Also of two at a time, and also where the app sets up logging itself; before and after requests none is named."""
+    with serving(tmp_path, "talkative:app", SLOT_GUARD_FAILURES="2", **own_format) as server:
+        ids = ["a1b2", "c3d4"]
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(server.post, "/", name) for name in ids]
+            assert [answer.result()[0] for answer in answers] == [500, 500]
+        wait_for(lambda: "failed in a row" in server.log)
+        lines = server.log.splitlines()
+        said = "talkative says {} for {}" if own_format else "talkative: {} request_id={}"
+        for name in ids:
+            for text in ("in the loop", "in a thread"):
+                assert [line for line in lines if line.endswith(said.format(text, name))], text
+            assert [
+                line for line in lines if line.endswith(f"gunicorn.error: Error in ASGI application request_id={name}")
+            ]
+        (taken_out,) = [line for line in lines if "failed in a row" in line]
+        assert re.search(r"slot_guard: 2 failed in a row, .* request_id=(a1b2|c3d4)$", taken_out)
+        assert [line for line in lines if line.endswith("slot_guard: loading talkative:app, 2 slots")]

@@ -18,6 +18,7 @@ from slot_guard.admin import PREFIX, from_gateway, header, is_admin_path, may_as
 from slot_guard.breaker import Breaker
 from slot_guard.exchange import Exchange
 from slot_guard.loading import Lifespan, import_app, load_in_thread
+from slot_guard.logs import request_id
 from slot_guard.messages import App, Receive, Scope, Send, error_json, reply, utc_now
 from slot_guard.recycling import UNLIMITED, Wear, resident_megabytes
 from slot_guard.settings import Settings
@@ -120,7 +121,9 @@ class SlotGuard:
         """Serve one ASGI scope."""
         if scope["type"] == "lifespan":
             await self._lifespan(scope, receive, send)
-        elif is_admin_path(scope["path"]):
+            return
+        request_id.set(header(scope, b"x-request-id").decode("latin-1") or "-")
+        if is_admin_path(scope["path"]):
             await self._administer(scope, receive, send)
         elif slot := await self._admit(scope):
             await self._serve(slot, scope, receive, send)
