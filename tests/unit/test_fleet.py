@@ -28,13 +28,12 @@ def service(**fields):
     }
 
 
-def fleet_of(hosts, services=None, groups=None, **settings):
-    """Derive a fleet whose GPU servers are ``hosts``: variables by name."""
+def fleet_of(hosts, services=None, groups=None, gateway=None, **settings):
+    """Derive a fleet whose GPU servers are ``hosts``: variables by name. ``gateway`` are variables of the gateway."""
     members = {"gpu_servers": list(hosts), "gateways": ["gateway"], **(groups or {})}
     services = {"tts": service()} if services is None else services
-    return derive(
-        services, members, {**hosts, "gateway": {"ansible_host": "10.0.0.100"}}, conda_envs=CONDA_ENVS, **settings
-    )
+    variables = {**hosts, "gateway": {"ansible_host": "10.0.0.100", **(gateway or {})}}
+    return derive(services, members, variables, conda_envs=CONDA_ENVS, **settings)
 
 
 def endpoints(fleet):
@@ -56,7 +55,7 @@ def test_the_articles_cluster():
     assert {host["capacity"] for host in fleet["hosts"].values()} == {4}
     assert fleet["capacity"] == fleet["services"]["cosyvoice2"]["capacity"] == 12
     assert fleet["services"]["cosyvoice2"]["client_limit"] == 6
-    assert fleet["gateways"] == [{"host": "gateway", "address": "192.168.1.100"}]
+    assert fleet["gateways"] == [{"host": "gateway", "address": "192.168.1.100", "url": "http://192.168.1.100:9999"}]
     assert fleet["port"] == 9999
 
 

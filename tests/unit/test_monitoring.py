@@ -20,15 +20,19 @@ HOSTS = {
 SERVICE = {"route": "/tts/", "app": "app:app", "code": {"source": "."}, "conda_env": "tts", "client_limit": 1}
 
 
-def fleet(monitoring=("watcher",), gpu_servers=("gpu01", "gpu02"), gateways=("gw1",), **service):
+TLS = {"gateway_tls": {"certificate": "c.pem", "key": "k.pem"}}
+
+
+def fleet(monitoring=("watcher",), gpu_servers=("gpu01", "gpu02"), gateways=("gw1",), entrance=None, **service):
+    hosts = {name: {**variables, **(entrance or {} if name in gateways else {})} for name, variables in HOSTS.items()}
     groups = {"gpu_servers": gpu_servers, "gateways": gateways, "monitoring": monitoring}
-    return derive({"tts": {**SERVICE, **service}}, groups, HOSTS, conda_envs={"tts": {"lock": "."}})
+    return derive({"tts": {**SERVICE, **service}}, groups, hosts, conda_envs={"tts": {"lock": "."}})
 
 
-def asked(given, host="watcher", **options):
+def asked(given, host="watcher"):
     """Job, host and URL of every target, sorted."""
     rows = []
-    for target in scrape_targets(given, host, **options):
+    for target in scrape_targets(given, host):
         (address,), labels = target["targets"], target["labels"]
         scheme, path = labels.get("__scheme__", "http"), labels.get("__metrics_path__", "/metrics")
         rows.append((labels["job"], labels["host"], f"{scheme}://{address}{path}"))
@@ -79,11 +83,11 @@ def test_a_watcher_that_is_more_than_that_is_asked_once():
 
 
 def test_with_tls_the_gateway_is_asked_and_probed_by_it():
-    targets = scrape_targets(fleet(), "watcher", "https")
-    through = [target["labels"] for target in targets if target["targets"] == ["10.0.0.100:9999"]]
+    targets = scrape_targets(fleet(entrance=TLS), "watcher")
+    through = [target["labels"] for target in targets if target["targets"] == ["10.0.0.100:9443"]]
     assert {labels["__scheme__"] for labels in through} == {"https"} and len(through) == 4
     (probe,) = (target["labels"] for target in targets if target["labels"]["job"] == "probe")
-    assert (probe["__param_target"], probe["__param_module"]) == ("https://10.0.0.100:9999/health", "gateway")
+    assert (probe["__param_target"], probe["__param_module"]) == ("https://10.0.0.100:9443/health", "gateway")
 
 
 @pytest.mark.parametrize("kind", sorted(MONITORING_PORTS))

@@ -7,20 +7,21 @@ only, never at facts, so neither ``--limit`` nor a dead host can change what the
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from ansible_collections.gpufleet.core.plugins.module_utils import entrance
+from ansible_collections.gpufleet.core.plugins.module_utils.faults import HIDDEN, Faults, whole_number
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import unsupported_environment
 
 RUN_DIRECTORY = "/run/gpufleet-gateway"  # the unix sockets of the gateway's inner servers
 DRAIN_DIRECTORY = "/var/lib/gpufleet-gateway/drain"  # a file named after an instance keeps new requests away from it
 DOWN_DIRECTORY = "/run/gpufleet-agent/down"  # likewise, but raised and cleared by the gateway's agent
+ACME_DIRECTORY = "/var/lib/gpufleet-gateway/acme"  # answers to a certificate authority, and links to what it issued
 AGENT_SOCKET = "/run/gpufleet-agent/http.sock"  # where the agent tells the state of the cluster
 PAGE_DIRECTORY = "/opt/gpufleet/fleet-agent/current/page"  # of the agent's release: the page that shows it
 #: TCP ports of what monitoring brings, the programs' own defaults; `nginx_status` is what the exporter of nginx asks.
@@ -79,7 +80,6 @@ _SMOKE_PATH = re.compile(r"(?!/)[A-Za-z0-9._~%!$&()*+,;=:@/?-]*")
 _CONTENT_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(?:; ?[\w-]+=[\w.-]+)?", re.ASCII)
 _DEVICE_INDEX = re.compile(r"[0-9]{1,4}")
 _DEVICE_UUID = re.compile(r"(?:GPU|MIG)-[0-9A-Za-z/-]+")
-_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 _GIT_SOURCE = re.compile(r"(?:[a-z+]+://|[\w.-]+@[\w.-]+:)")
 _CREDENTIAL = re.compile(r"https?://[^/]*@|[a-z+]+://[^/@]*:[^/]*@")
 
@@ -91,33 +91,6 @@ MONITORING_BY_IP = (
     "a name, and metrics are told to addresses",
     "Give the IP address from which Prometheus reaches the others",
 )
-HIDDEN = "(hidden)"
-"""Shown for what may be or hold a password."""
-
-
-@dataclass
-class Faults:
-    """Everything that is wrong with an inventory, in the order found: one line each."""
-
-    lines: list[str] = field(default_factory=list)
-    places: set[str] = field(default_factory=set)
-
-    def add(self, where: str, variable: str, value: object, problem: str, remedy: str) -> None:
-        """Note that ``variable`` of ``where`` (a host or a service) has a value that cannot be used."""
-        shown = "is not set" if value is None else f"= {value!r}"
-        line = f"{where}: {variable} {shown}: {problem}. {remedy}{'' if remedy.endswith('?') else '.'}"
-        self.lines.append(" ".join(line.split()))  # a name may hold the end of a line
-        self.places.add(where)
-
-    def unknown_key(self, where: str, path: str, key: object, value: object, known: Iterable[str]) -> None:
-        """Note a key that nothing reads, with the one that was probably meant. Its value shows where it is a number.
-
-        Anything else may be an `environment` under another name, or a password one level too high.
-        """
-        close = difflib.get_close_matches(str(key), list(known), n=1)
-        remedy = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}"
-        shown = value if isinstance(value, (int, float)) else HIDDEN
-        self.add(where, f"{path}{key}", shown, "nothing has this name", remedy)
 
 
 def derive(
@@ -134,22 +107,32 @@ def derive(
 
     :param services: services by name, fields as in :data:`SERVICE_FIELDS`.
     :param groups: Ansible's ``groups``: host names by group name.
-    :param hostvars: Ansible's ``hostvars``; read are ``gpu_count``, ``gpus``, ``fleet_address`` and ``ansible_host``.
+    :param hostvars: Ansible's ``hostvars``; read are ``gpu_count``, ``gpus``, ``fleet_address`` and ``ansible_host``,
+        of the gateways ``gateway_tls`` and ``api_keys``.
     :param conda_envs: conda environments by name, each with the folder of its ``lock``.
     :param gpu_group: the group of the GPU servers.
     :param gateway_group: the group of the gateways.
-    :param port: TCP port that the gateway serves.
+    :param port: TCP port that the gateway serves; with TLS, that of plain HTTP.
     :param monitoring_group: the group of the hosts with Prometheus, which may be empty or not there.
     :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
-        ``gateways`` with their capacities in concurrent requests, ``monitoring``, and ``faults``. With faults the rest
-        is a best effort that must not be rolled out.
+        ``gateways`` with their capacities in concurrent requests, ``monitoring``, how clients come in (``ports``,
+        ``tls`` or None, ``api_keys``), and ``faults``. With faults the rest is a best effort that must not be rolled
+        out.
     """
     faults = Faults()
     gateways = _known_by_ip(groups, hostvars, gateway_group, GATEWAY_BY_IP, faults)
     if not gateways:
         faults.add("inventory", f"group {gateway_group}", [], "there is no gateway", "Put the gateway's host into it")
     monitoring = _known_by_ip(groups, hostvars, monitoring_group, MONITORING_BY_IP, faults)
-    port = _whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
+    port = whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
+    given_tls, given_keys = (
+        entrance.of_gateways(variable, [gateway["host"] for gateway in gateways], hostvars, faults)
+        for variable in (entrance.TLS_VARIABLE, entrance.KEYS_VARIABLE)
+    )
+    tls = entrance.tls(given_tls, port, len(gateways), faults)
+    ports = [port] if tls is None else [*tls["plain_ports"], tls["port"]]
+    for gateway in gateways:
+        gateway["url"] = f"{'http' if tls is None else 'https'}://{gateway['address']}:{ports[-1]}"
     gpus = {host: _gpus(host, hostvars[host], faults) for host in sorted(groups.get(gpu_group, ()))}
     if not gpus:
         faults.add("inventory", f"group {gpu_group}", [], "there are no GPU servers", "Put at least one host into it")
@@ -164,7 +147,9 @@ def derive(
         for host in sorted(set(groups.get(service["group"], ())) & set(gpus))
         for gpu in gpus[host]
     ]
-    _refuse_collisions(instances, gateways, port, _monitoring_listeners(gpus, gateways, monitoring), faults)
+    listened = {**dict.fromkeys(ports, "fleet_port"), **({} if tls is None else {tls["port"]: "gateway_tls.port"})}
+    _refuse_collisions(instances, gateways, listened, _monitoring_listeners(gpus, gateways, monitoring), faults)
+    api_keys = entrance.api_keys(given_keys, known_services, faults)
     for name, service in known_services.items():
         own = [instance for instance in instances if instance["service"] == name]
         service["capacity"] = sum(instance["slots"] for instance in own)
@@ -185,11 +170,16 @@ def derive(
         "monitoring": monitoring,
         "monitoring_ports": MONITORING_PORTS,
         "port": port,
+        "ports": ports,
+        "tls": tls,
+        "api_keys": api_keys,
+        "zones": entrance.zones(api_keys),
         "run_directory": RUN_DIRECTORY,
         "drain_directory": DRAIN_DIRECTORY,
         "down_directory": DOWN_DIRECTORY,
         "agent_socket": AGENT_SOCKET,
         "page_directory": PAGE_DIRECTORY,
+        "acme_directory": ACME_DIRECTORY,
         "capacity": sum(instance["slots"] for instance in instances),
         "faults": faults.lines,
     }
@@ -277,9 +267,7 @@ def _gpus(host: str, variables: Mapping[str, Any], faults: Faults) -> list[dict[
         faults.add(where, "gpu_count", count, problem, "Give either gpu_count or gpus")
         return []
     if cards is None:
-        count = _whole_number(
-            count, 1, 1024, faults, where, "gpu_count", "Give the number of cards nvidia-smi -L lists"
-        )
+        count = whole_number(count, 1, 1024, faults, where, "gpu_count", "Give the number of cards nvidia-smi -L lists")
         return [{"index": index, "device": str(index), "slots": None} for index in range(count or 0)]
     if not isinstance(cards, (list, tuple)) or not cards:
         faults.add(where, "gpus", cards, "not a list of GPUs", "List device indices, UUIDs or {device, slots, index}")
@@ -315,10 +303,8 @@ def _gpu(where: str, place: int, card: Any, faults: Faults) -> dict[str, Any] | 
         return None
     slots, index = entry.get("slots"), entry.get("index", int(device) if is_index else place)
     if slots is not None:
-        slots = _whole_number(
-            slots, 1, 1024, faults, where, f"{variable}.slots", "Leave a card that must not serve out"
-        )
-    index = _whole_number(index, 0, 1023, faults, where, f"{variable}.index", "Give the card's own small number")
+        slots = whole_number(slots, 1, 1024, faults, where, f"{variable}.slots", "Leave a card that must not serve out")
+    index = whole_number(index, 0, 1023, faults, where, f"{variable}.index", "Give the card's own small number")
     return None if index is None else {"index": index, "device": device, "slots": slots}
 
 
@@ -399,7 +385,7 @@ def _service(
     ):
         if service[key] is None:
             continue
-        number = _whole_number(service[key], low, high, faults, where, key, remedy)
+        number = whole_number(service[key], low, high, faults, where, key, remedy)
         service[key] = SERVICE_FIELDS[key] if number is None else number
     if service["queue"] and service["queue_timeout_seconds"] >= service["time_limit_seconds"]:
         problem = f"not below the time limit of {service['time_limit_seconds']} s for the whole work"
@@ -541,16 +527,19 @@ def _monitoring_listeners(
 def _refuse_collisions(
     instances: list[dict[str, Any]],
     gateways: list[dict[str, str]],
-    port: int,
+    ports: Mapping[int, str],
     taken: dict[tuple[str, int], str],
     faults: Faults,
 ) -> None:
-    """Refuse two listeners on one port of a host, and names that the operating system cannot carry."""
-    for gateway in gateways:
+    """Refuse two listeners on one port of a host, and names that the operating system cannot carry.
+
+    :param ports: the gateways' ports, each with the variable that it comes from.
+    """
+    for gateway, (port, variable) in itertools.product(gateways, ports.items()):
         owner = taken.setdefault((gateway["host"], port), "the gateway")
         if owner != "the gateway":
             problem = f"the port of the gateway is taken by {owner}"
-            faults.add(f"host {gateway['host']}", "fleet_port", port, problem, "Give the gateway another port")
+            faults.add(f"host {gateway['host']}", variable, port, problem, "Give the gateway another port")
     for instance in instances:
         where, base_port = f"host {instance['host']}", f"services.{instance['service']}.base_port"
         owner = taken.setdefault((instance["host"], instance["port"]), instance["id"])
@@ -562,13 +551,3 @@ def _refuse_collisions(
         if len(instance["socket"]) > SOCKET_PATH_MAX and where not in faults.places:
             problem = f"the path {instance['socket']} is longer than the {SOCKET_PATH_MAX} characters of a socket's"
             faults.add(where, "inventory_hostname", instance["host"], problem, "Give the host a shorter inventory name")
-
-
-def _whole_number(
-    value: Any, low: int, high: int, faults: Faults, where: str, variable: str, remedy: str
-) -> int | None:
-    """``value`` as a whole number from ``low`` to ``high``, or None and a fault. ``-e`` and INI give digits as text."""
-    if not isinstance(value, bool) and _WHOLE_NUMBER.fullmatch(str(value)) and low <= int(value) <= high:
-        return int(value)
-    faults.add(where, variable, value, f"not a whole number from {low} to {high}", remedy)
-    return None

@@ -12,25 +12,24 @@ METRICS_PATH = "/cluster/metrics"
 GATEWAY_EXPORTERS = ("nginx", "requests", "node")
 
 
-def scrape_targets(fleet: Mapping[str, Any], host: str, scheme: str = "http") -> list[dict[str, Any]]:
+def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
     """What the Prometheus of ``host`` asks, as file_sd has it. Every target says its own job.
 
     A gateway's exporters listen at loopback and are asked through the gateway. Each gateway has an agent that tells of
     all instances, so what they tell says whose it is.
-
-    :param scheme: of the gateways' own port, ``http`` or ``https``.
     """
     ports = fleet["monitoring_ports"]
-    gateways = {gateway["host"]: f"{gateway['address']}:{fleet['port']}" for gateway in fleet["gateways"]}
+    gateways = {gateway["host"]: gateway["url"] for gateway in fleet["gateways"]}
     targets = [_target(f"127.0.0.1:{ports['prometheus']}", "prometheus", host)]
-    for name, address in gateways.items():
+    for name, url in gateways.items():
+        scheme, _, address = url.partition("://")
         own = {"__scheme__": scheme}
         targets.append(_target(address, "agent", name, gateway=name, __metrics_path__=METRICS_PATH, **own))
         targets += [
             _target(address, job, name, __metrics_path__=f"{METRICS_PATH}/{job}", **own) for job in GATEWAY_EXPORTERS
         ]
         probe = {"__metrics_path__": "/probe", "__param_module": "gateway"}
-        probe["__param_target"] = f"{scheme}://{address}/health"
+        probe["__param_target"] = f"{url}/health"
         targets.append(_target(f"127.0.0.1:{ports['probe']}", "probe", name, **probe))
     others = {name: entry["address"] for name, entry in fleet["hosts"].items()}
     for name, address in {host: "127.0.0.1", **others}.items():

@@ -16,6 +16,9 @@ Texts = Mapping[Path, Optional[str]]
 """Texts of files by path; None where there is none."""
 
 
+SECRET_MODE = 0o600
+
+
 class Refused(Exception):
     """The wanted state could not be reached; the message is for the operator."""
 
@@ -28,8 +31,8 @@ def read(path: Path) -> str | None:
         return None
 
 
-def write(path: Path, text: str | None) -> None:
-    """Replace a file at once, readable by all, or remove it where ``text`` is None."""
+def write(path: Path, text: str | None, mode: int = 0o644) -> None:
+    """Replace a file at once, readable by all unless ``mode`` says otherwise, or remove it where ``text`` is None."""
     if text is None:
         path.unlink(missing_ok=True)
         return
@@ -37,7 +40,7 @@ def write(path: Path, text: str | None) -> None:
     descriptor, candidate = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
-        os.fchmod(file.fileno(), 0o644)
+        os.fchmod(file.fileno(), mode)
     Path(candidate).replace(path)
 
 

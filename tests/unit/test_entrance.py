@@ -1,0 +1,131 @@
+"""TLS and API keys in the derivation, and the tool that makes keys."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from ansible_collections.gpufleet.core.plugins.module_utils.entrance import hash_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.test_fleet import JUNK, PLAIN, PROJECT, assert_refused_or_consistent, fleet_of, service, spoilt
+from tools.apikey import new_key
+
+HASH = hash_of(new_key("alice"))
+GOOD = {
+    "gateway_tls": {"certificate": "c.pem", "key": "k.pem", "port": 443, "redirect": False, "hsts_seconds": 60},
+    "api_keys": {"alice": {"hashes": [HASH], "in_flight": 4, "services": ["tts"]}},
+}
+ACME = {"gateway_tls": {"acme": {"names": ["tts.example.org"], "authority": "https://ca.example.org/directory"}}}
+
+
+def behind(entrance, **settings):
+    """The smallest fleet behind a gateway with these variables."""
+    hosts = {"gpu01": {"gpu_count": 1, "ansible_host": "10.0.0.1"}}
+    return fleet_of(hosts, {"tts": service()}, gateway=entrance, **settings)
+
+
+def test_without_either_a_gateway_is_as_it_always_was():
+    for entrance in ({}, {"gateway_tls": {}}, {"gateway_tls": None}):
+        fleet = behind(entrance)
+        assert fleet["faults"] == []
+        assert (fleet["tls"], fleet["api_keys"], fleet["ports"]) == (None, {}, [9999])
+        assert set(fleet["zones"]) == {"instance", "service", "client", "client_work"}
+
+
+def test_what_is_not_given_has_its_default():
+    fleet = behind({"gateway_tls": {"certificate": "c", "key": "k"}, "api_keys": {"alice": {"hashes": [HASH]}}})
+    assert fleet["faults"] == []
+    assert fleet["tls"] == {"port": 9443, "plain_ports": [9999], "redirect": True, "hsts_seconds": 0, "acme": None}
+    digests = {HASH.split(".")[1]: HASH.split(".")[2]}
+    assert fleet["api_keys"] == {"alice": {"hashes": digests, "in_flight": None, "services": ["tts"]}}
+    assert fleet["gateways"][0]["url"] == "https://10.0.0.100:9443"
+
+
+@pytest.mark.parametrize(
+    ("given", "ports"),
+    [
+        ({**GOOD["gateway_tls"], "port": 9999}, [9999]),
+        ({**GOOD["gateway_tls"], "redirect": True}, [9999, 443]),
+        (ACME["gateway_tls"], [80, 9999, 9443]),
+        ({**ACME["gateway_tls"], "redirect": False}, [80, 9443]),
+    ],
+)
+def test_the_gateway_listens_at_no_other_ports(given, ports):
+    fleet = behind({"gateway_tls": given})
+    assert (fleet["faults"], fleet["ports"]) == ([], ports)
+
+
+def test_the_fleet_holds_no_key():
+    """It is a fact of every host; certificate and key are read where they are needed."""
+    fleet = behind({"gateway_tls": {"certificate": "-----BEGIN C", "key": "-----BEGIN K"}})
+    assert fleet["faults"] == []
+    assert "BEGIN" not in str(fleet)
+
+
+def test_each_limit_that_keys_have_is_counted_for_itself():
+    hashes = {label: [hash_of(new_key(label))] for label in ("alice", "bob", "carol")}
+    limits = {"alice": 4, "bob": 2, "carol": 4}
+    fleet = behind({"api_keys": {label: {"hashes": hashes[label], "in_flight": limits[label]} for label in hashes}})
+    own = ["label", "label_work", "label_2", "label_2_work", "label_4", "label_4_work"]
+    assert list(fleet["zones"]) == ["instance", "service", "client", *own]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(spoilt(GOOD), spoilt(ACME), st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK})))
+@example(GOOD)
+@example(ACME)
+def test_anything_is_refused_or_can_stand_in_a_configuration(entrance):
+    fleet = behind(entrance)
+    assert_refused_or_consistent(fleet)
+    if fleet["faults"]:
+        return
+    for label, key in fleet["api_keys"].items():
+        assert key["hashes"]
+        for text in (label, *key["hashes"], *key["hashes"].values(), *key["services"]):
+            assert re.fullmatch(r"[\w-]+", text, re.ASCII)
+    acme = (fleet["tls"] or {}).get("acme") or {"names": []}
+    assert all(PLAIN.fullmatch(text) for text in (*acme["names"], acme.get("authority", "x")))
+
+
+@pytest.mark.parametrize(
+    "entrance",
+    [
+        {"api_keys": "hunter2"},
+        {"api_keys": ["hunter2"]},
+        {"api_keys": {"alice": "hunter2"}},
+        {"api_keys": {"alice": {"hashes": "hunter2"}}},
+        {"api_keys": {"alice": {"hashes": ["hunter2"]}}},
+        {"api_keys": {"alice": {"hashes": [HASH], "key": "hunter2"}}},
+        {"gateway_tls": "hunter2"},
+        {"gateway_tls": {"certificate": "c", "key": ["hunter2"]}},
+        {"gateway_tls": {"certificate": "c", "key": "k", "password": "hunter2"}},
+        {"gateway_tls": {"acme": {"names": ["tts.example.org"]}, "key": "hunter2"}},
+    ],
+)
+def test_a_refusal_shows_no_secret(entrance):
+    (fault,) = behind(entrance)["faults"]
+    assert "(hidden)" in fault and "hunter2" not in fault
+
+
+def test_keys_are_long_random_and_never_the_same():
+    keys = {new_key("alice") for _ in range(100)}
+    assert len({key.split(".")[2] for key in keys}) == 100
+    for key in keys:
+        assert re.fullmatch(r"alice\.[0-9a-f]{6}\.[A-Za-z0-9_-]{43}", key)
+        assert behind({"api_keys": {"alice": {"hashes": [hash_of(key)]}}})["faults"] == []
+
+
+def test_the_tool_prints_a_key_and_the_hash_that_it_has():
+    def run(*arguments):
+        command = [sys.executable, "-m", "tools.apikey", *arguments]
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+
+    said = run("new", "team-a").stdout
+    key, shown = re.findall(r"team-a\.\S+", said)
+    assert shown == hash_of(key)
+    assert said.endswith(f"\napi_keys:\n  team-a:\n    hashes:\n      - {shown}\n")
+    refused = run("new", "Team A")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "'Team A' is no label" in refused.stderr
