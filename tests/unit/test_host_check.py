@@ -107,7 +107,7 @@ def test_missing_cards_are_named() -> None:
 
 @pytest.mark.parametrize("listeners", [{}, {12321: [OURS]}, {12321: [OURS, OURS]}, {22: [Listener(0, ("sshd (1)",))]}])
 def test_free_ports_and_our_own_pass(listeners: dict[int, list[Listener]]) -> None:
-    assert host_check.port_faults([INSTANCE], None, listeners, OUR_UID, False) == []
+    assert host_check.port_faults([INSTANCE], [], listeners, OUR_UID, False) == []
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_free_ports_and_our_own_pass(listeners: dict[int, list[Listener]]) -> No
     ],
 )
 def test_a_port_of_somebody_else_is_refused(listeners: list[Listener], uid: int | None, shown: str) -> None:
-    assert host_check.port_faults([INSTANCE], None, {12321: listeners}, uid, False) == [
+    assert host_check.port_faults([INSTANCE], [], {12321: listeners}, uid, False) == [
         f"port of tts-gpu01-0 = 12321: taken by {shown}. Stop it, or move base_port of tts."
     ]
 
@@ -128,10 +128,12 @@ def test_a_port_of_somebody_else_is_refused(listeners: list[Listener], uid: int 
 def test_the_gateways_port_may_be_held_by_our_nginx_only() -> None:
     nginx = {9999: [Listener(0, ("nginx (3)", "nginx (4)"))]}
     haproxy = {9999: [Listener(0, ("haproxy (5)",))]}
-    assert host_check.port_faults([], 9999, nginx, None, True) == []
-    assert host_check.port_faults([], 9999, {80: nginx[9999]}, None, False) == []
-    assert "taken by nginx (3), nginx (4)" in host_check.port_faults([], 9999, nginx, None, False)[0]
-    assert "taken by haproxy (5)" in host_check.port_faults([], 9999, haproxy, None, True)[0]
+    assert host_check.port_faults([], [80, 9999], nginx, None, True) == []
+    assert host_check.port_faults([], [9999], {80: nginx[9999]}, None, False) == []
+    assert "taken by nginx (3), nginx (4)" in host_check.port_faults([], [80, 9999], nginx, None, False)[0]
+    assert host_check.port_faults([], [80, 9999], haproxy, None, True) == [
+        "port of the gateway = 9999: taken by haproxy (5). Stop it, or move fleet_port or gateway_tls.port."
+    ]
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ def test_a_driver_that_does_not_fit_its_library_is_a_fault(
 
 
 def test_what_only_gpu_hosts_need_is_not_asked_of_a_gateway(capsys: pytest.CaptureFixture[str]) -> None:
-    result = run(capsys, gateway_port=9999, architecture="vax", free_gigabytes={"/opt/conda": 1e9})
+    result = run(capsys, gateway_ports=[9999], architecture="vax", free_gigabytes={"/opt/conda": 1e9})
     assert "architecture" not in result.get("msg", "")
     assert "preflight_free_gigabytes" not in result.get("msg", "")
 

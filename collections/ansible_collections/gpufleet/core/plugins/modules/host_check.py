@@ -34,9 +34,11 @@ options:
     type: list
     elements: dict
     default: []
-  gateway_port:
-    description: TCP port that the host shall serve as a gateway.
-    type: int
+  gateway_ports:
+    description: TCP ports that the host shall serve as a gateway.
+    type: list
+    elements: int
+    default: []
   gpu_count:
     description: The inventory's C(gpu_count), where it names no single cards.
     type: int
@@ -186,7 +188,7 @@ class Listener:
 
 def port_faults(
     instances: Iterable[Mapping[str, object]],
-    gateway_port: int | None,
+    gateway_ports: Iterable[int],
     listeners: Mapping[int, list[Listener]],
     instances_uid: int | None,
     is_our_gateway: bool,
@@ -205,15 +207,16 @@ def port_faults(
             problem = f"taken by {'; '.join(map(str, strangers))}"
             remedy = f"Stop it, or move base_port of {instance['service']}"
             faults.append(fault(f"port of {instance['id']}", port, problem, remedy))
-    if gateway_port is not None:
+    for port in gateway_ports:
         strangers = [
             listener
-            for listener in listeners.get(gateway_port, ())
+            for listener in listeners.get(port, ())
             if not (is_our_gateway and all(process.startswith("nginx ") for process in listener.processes))
         ]
         if strangers:
             problem = f"taken by {'; '.join(map(str, strangers))}"
-            faults.append(fault("fleet_port", gateway_port, problem, "Stop it, or give the gateway another port"))
+            remedy = "Stop it, or move fleet_port or gateway_tls.port"
+            faults.append(fault("port of the gateway", port, problem, remedy))
     return faults
 
 
@@ -288,7 +291,7 @@ def check(module: AnsibleModule) -> list[str]:
     )
     uid = uid_of(wanted["user"])
     is_our_gateway = "gpufleet" in configuration
-    faults += port_faults(wanted["instances"], wanted["gateway_port"], port_listeners(), uid, is_our_gateway)
+    faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway)
     if not wanted["instances"]:
         return faults
     if wanted["architecture"]:
@@ -309,7 +312,7 @@ def main() -> None:
         argument_spec={
             "host": {"type": "str", "required": True},
             "instances": {"type": "list", "elements": "dict", "default": []},
-            "gateway_port": {"type": "int"},
+            "gateway_ports": {"type": "list", "elements": "int", "default": []},
             "gpu_count": {"type": "int"},
             "architecture": {"type": "str"},
             "free_gigabytes": {"type": "dict", "default": {}},
