@@ -10,17 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from ansible_collections.gpufleet.core.plugins.module_utils.entrance import hash_of
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 
 from testbed.shell import provide, unpack
 from tests.templates.gpu import SimulatedGpu
 from tests.templates.render import PROJECT, files_made, render
+from tools.apikey import new_key
 
 
 def reserve_network() -> tuple[str, socket.socket]:
@@ -33,9 +35,16 @@ def reserve_network() -> tuple[str, socket.socket]:
 
 # Several test processes, of this checkout and of others, run on one machine at a time.
 NETWORK, _RESERVED = reserve_network()
-with socket.create_server(("127.0.0.1", 0)) as probe:
-    PORT = probe.getsockname()[1]
+with socket.create_server(("127.0.0.1", 0)) as probe, socket.create_server(("127.0.0.1", 0)) as other:
+    PORT, TLS_PORT = (server.getsockname()[1] for server in (probe, other))
 ROUTE = "/AIVoice/TTS/CosyVoice2/"
+TLS = {"gateway_tls": {"certificate": "given", "key": "given", "port": TLS_PORT}}
+ALICE, BOB, CAROL = (new_key(label) for label in ("alice", "bob", "carol"))
+KEYS = {
+    "alice": {"hashes": [hash_of(ALICE)], "in_flight": 4},
+    "bob": {"hashes": [hash_of(BOB)], "in_flight": 4},
+    "carol": {"hashes": [hash_of(CAROL)]},
+}
 
 
 @pytest.fixture(scope="session")
@@ -49,34 +58,42 @@ def nginx_program() -> str:
     return str(folder / "usr/sbin/nginx")
 
 
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a certificate for localhost, `cert.pem`, and its `key.pem`."""
-    provide({"openssl": "openssl"})
-    folder = tmp_path_factory.mktemp("tls")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
-    subprocess.run(
-        [*command, "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True
-    )
-    return folder
+def article_fleet(
+    hosts: int = 3,
+    gpu_count: int = 2,
+    client_limit: int = 6,
+    entrance: Mapping[str, Any] | None = None,
+    others: Mapping[str, Any] | None = None,
+    **service: Any,
+) -> dict[str, Any]:
+    """The article's fleet on loopback: `service` are fields of its service, `others` more services by name.
 
-
-def article_fleet(hosts: int = 3, gpu_count: int = 2, client_limit: int = 6, **service: Any) -> dict[str, Any]:
-    """The article's fleet on loopback."""
+    `entrance` are variables of the gateway: gateway_tls, api_keys.
+    """
     names = [f"gpu{number:02}" for number in range(1, hosts + 1)]
     hostvars = {
         name: {"gpu_count": gpu_count, "ansible_host": f"{NETWORK}.{number // 250}.{1 + number % 250}"}
         for number, name in enumerate(names)
     }
     fields = {"route": ROUTE, "app": "app:app", "code": {"source": "."}, "conda_env": "tts", **service}
-    services = {"cosyvoice2": {**fields, "client_limit": client_limit}}
+    services = {"cosyvoice2": {**fields, "client_limit": client_limit}, **(others or {})}
     groups = {"gpu_servers": names, "gateways": ["gateway"]}
     conda_envs = {"tts": {"lock": "."}}
-    fleet = derive(
-        services, groups, {**hostvars, "gateway": {"ansible_host": "127.0.0.1"}}, conda_envs=conda_envs, port=PORT
-    )
+    gateway = {"ansible_host": "127.0.0.1", **(entrance or {})}
+    fleet = derive(services, groups, {**hostvars, "gateway": gateway}, conda_envs=conda_envs, port=PORT)
     assert fleet["faults"] == []
     return fleet
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate for localhost and its key."""
+    provide({"openssl": "openssl"})
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    files = ["-keyout", folder / "key.pem", "-out", folder / "certificate.pem"]
+    subprocess.run([*command, "-addext", "subjectAltName=DNS:localhost", *files], check=True, capture_output=True)
+    return folder
 
 
 class Gateway:
@@ -87,16 +104,35 @@ class Gateway:
         self.configuration = folder / "nginx.conf"
         self.agent_configuration = folder / "agent.json"
         self.agent: subprocess.Popen[str] | None = None
-        run = ("run/gpufleet-gateway", "run/gpufleet-agent/down")
+        run = ("run/gpufleet-gateway/zones", "run/gpufleet-agent/down")
         for name in (*run, "var/lib/gpufleet-gateway/drain", "var/lib/nginx", "var/log/nginx"):
             (folder / name).mkdir(parents=True)
         shutil.copytree(PROJECT / "service/agent", folder / "opt/gpufleet/fleet-agent/current")
 
-    def write(self, fleet: dict[str, Any], **variables: Any) -> None:
-        """Render the configurations of nginx and of the agent for a fleet."""
-        text = self._moved(render("gateway", "nginx.conf.j2", fleet, **variables))
+    def log(self, name: str = "cosyvoice2_access.log") -> list[str]:
+        """The lines of a log, by default of the service's access log."""
+        return (self.folder / "var/log/nginx" / name).read_text().splitlines()
+
+    async def logged(self, lines: int = 1, name: str = "cosyvoice2_access.log") -> list[str]:
+        """Likewise, when there are so many: nginx writes them after the answers."""
+        async with asyncio.timeout(2):
+            while len(self.log(name)) < lines:
+                await asyncio.sleep(0.01)
+        return self.log(name)
+
+    def write(self, fleet: dict[str, Any], certificate: Path | None = None, **variables: Any) -> None:
+        """Render the configurations of nginx and of the agent for a fleet, and keep its secrets in a folder."""
+        secrets = self.folder / "secrets"
+        shutil.rmtree(secrets, ignore_errors=True)
+        secrets.mkdir()
+        for file in certificate.iterdir() if certificate else ():
+            shutil.copy(file, secrets)
+        if fleet["api_keys"]:
+            (secrets / "api_keys.conf").write_text(render("gateway", "api_keys.conf.j2", fleet))
+        text = self._moved(render("gateway", "nginx.conf.j2", fleet, **variables)).replace("@SECRETS@", str(secrets))
         for path, content in files_made(fleet).items():
             Path(self._moved(path)).write_text(content)
+        self._port = fleet["ports"][-1]
         self.agent_configuration.write_text(self._moved(render("agent", "agent.json.j2", fleet)))
         temporary = "".join(
             f"    {kind}_temp_path {self.folder}/var/lib/nginx/{kind};\n"
@@ -125,10 +161,9 @@ class Gateway:
             assert self._process.poll() is None, self._process.communicate()[1]
             time.sleep(0.01)
 
-    @staticmethod
-    def _listens() -> bool:
+    def _listens(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", PORT)) == 0
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
     async def start_agent(self) -> None:
         """Start the agent and wait until it has made its first pass."""
@@ -143,7 +178,7 @@ class Gateway:
     @contextlib.contextmanager
     def renewed(self) -> Iterator[None]:
         """Have the counts renewed when a worker dies, for the length of a block."""
-        files = {"--log": "var/log/nginx/error.log", "--zones": "run/gpufleet-gateway/zones.conf"}
+        files = {"--log": "var/log/nginx/error.log", "--zones": "run/gpufleet-gateway/zones"}
         files["--pid-file"] = "run/nginx.pid"
         options = [word for option, file in files.items() for word in (option, str(self.folder / file))]
         program = subprocess.Popen(
@@ -187,10 +222,6 @@ class Gateway:
         flag = self.folder / "var/lib/gpufleet-gateway/drain" / instance
         flag.touch()
         return flag
-
-    def log(self) -> list[str]:
-        """The lines of the service's access log."""
-        return (self.folder / "var/log/nginx/cosyvoice2_access.log").read_text().splitlines()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import yaml
 
 from testbed.hosts import NVIDIA_SMI
 from testbed.shell import unpack
-from tests.templates.conftest import PORT, ROUTE, article_fleet, running
+from tests.templates.conftest import ROUTE, TLS, TLS_PORT, article_fleet, running
 from tests.templates.render import PROJECT, role_value
 
 ROLE = PROJECT / "roles/monitoring"
@@ -65,7 +65,7 @@ def value():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
         def of(name, fleet, host, **variables):
-            given = {"inventory_hostname": host, "hostvars": {"gateway": {}}, **variables}
+            given = {"inventory_hostname": host, **variables}
             return pool.submit(role_value, "monitoring", name, fleet, **given).result()
 
         yield of
@@ -76,9 +76,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def watched_fleet():
+def watched_fleet(**fields):
     """The article's fleet with a host that watches it; every port is a free one of this machine."""
-    fleet = article_fleet()
+    fleet = article_fleet(**fields)
     fleet["monitoring"] = [{"host": "monitor", "address": MONITOR}]
     fleet["monitoring_ports"] = {name: free_port() for name in fleet["monitoring_ports"]}
     return fleet
@@ -281,13 +281,8 @@ def test_metrics_are_told_apart_from_the_words_around_them():
 
 def test_prometheus_sees_the_whole_fleet_and_tells_of_a_dead_instance(programs, promtool, value, gateway, certificate):
     """One scenario, because it takes ten programs: targets, every metric, every panel, and an alert from end to end."""
-    fleet = watched_fleet()
-    tls = {
-        "gateway_tls_certificate": f"{certificate}/cert.pem",
-        "gateway_tls_certificate_key": f"{certificate}/key.pem",
-    }
+    fleet = watched_fleet(entrance=TLS)
     settings = {
-        "hostvars": {"gateway": tls},
         "monitoring_scrape_interval": "1s",
         "monitoring_alert_for": dict.fromkeys(("InstanceNotReady", "GpuGone", "CertificateExpires"), "1s"),
     }
@@ -304,10 +299,10 @@ def test_prometheus_sees_the_whole_fleet_and_tells_of_a_dead_instance(programs, 
     def answer(path="generate", client=MONITOR, **request):
         transport = httpx.HTTPTransport(local_address=client, verify=False)
         with httpx.Client(transport=transport, trust_env=False, timeout=20) as http:
-            return http.request(url=f"https://127.0.0.1:{PORT}{path}", **request)
+            return http.request(url=f"https://127.0.0.1:{TLS_PORT}{path}", **request)
 
     async def scenario():
-        async with running(gateway, fleet, **tls) as cluster:
+        async with running(gateway, fleet, certificate=certificate) as cluster:
             await gateway.start_agent()
             # One exporter for all: the hosts of this fleet are addresses of this machine.
             watch.start(units["gpu01"]["prometheus-node-exporter"], measured(gateway.folder, devices=3))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.ledger import parse, peaks, runs
-from tests.templates.conftest import Cluster, article_fleet
+from tests.templates.conftest import ALICE, CAROL, KEYS, Cluster, article_fleet
 from tests.templates.test_gateway import BUSY, statuses
 from tests.unit.service_helpers import serving
 
@@ -165,6 +165,29 @@ def test_a_client_that_waited_and_leaves_in_mid_work_frees_nothing(trio):
         assert max(peaks(cluster.events()).values()) == 2
 
     trio(scenario, client_limit=4)
+
+
+def test_a_keys_limit_counts_who_waits_and_the_work_of_who_has_left(trio):
+    """From whatever address its holders ask."""
+
+    async def ask(cluster, key, count, **request):
+        headers = {"Authorization": f"Bearer {key}"}
+        posts = [cluster.post(client=f"127.0.0.{10 + number}", headers=headers, **request) for number in range(count)]
+        return await asyncio.gather(*posts)
+
+    async def scenario(cluster):
+        working = asyncio.create_task(ask(cluster, CAROL, 6))
+        await cluster.until(in_flight=6)
+        leaving = asyncio.create_task(ask(cluster, ALICE, 6, timeout=1.5 * SECONDS))
+        await cluster.until(waiting=4)
+        assert statuses(await working) == {200: 6}
+        assert statuses(await leaving) == {503: 2}, "four waited, and left while they were worked for"
+        assert await cluster.count("in_flight") == 4
+        refused = await ask(cluster, ALICE, 4)
+        assert statuses(refused) == {200: 2, 503: 2}, "the four still work; the length of a queue is the leeway"
+        assert max(peaks(cluster.events()).values()) == 2
+
+    trio(scenario, client_limit=12, entrance={"api_keys": KEYS})
 
 
 def test_a_reload_admits_nothing_more_and_loses_nobody(trio):

@@ -94,9 +94,10 @@ def test_a_death_that_nobody_watched_is_made_good_later(gateway):
             await all_slots_killed(gateway, cluster)
             with gateway.renewed():
                 await seconds_until_whole(cluster)
-            zones = (gateway.folder / "run/gpufleet-gateway/zones.conf").read_text()
+            zone = gateway.folder / "run/gpufleet-gateway/zones/instance.conf"
+            renewed = zone.read_text()
             with gateway.renewed():
                 await asyncio.sleep(1)
-            assert (gateway.folder / "run/gpufleet-gateway/zones.conf").read_text() == zones
+            assert zone.read_text() == renewed
 
     asyncio.run(scenario())

@@ -151,22 +151,28 @@ class Served:
         return received
 
 
-@pytest.fixture(scope="module", params=[ROUTE], ids=["route"])
-def served(request, nginx_program, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gunicorn")
+@contextlib.contextmanager
+def recording(nginx_program, folder, route=ROUTE, certificate=None, **fleet):
+    """A gateway before a recorder, for the length of a block."""
     record = folder / "record"
     guarded = serving(folder, "recorder:app", RECORDER_FILE=str(record))
-    with short_folder() as folder, guarded as server:
-        gateway = Gateway(nginx_program, folder)
-        fleet = article_fleet(hosts=1, gpu_count=1, client_limit=2, route=request.param)
-        (instance,) = fleet["instances"]
+    with short_folder() as below, guarded as server:
+        gateway = Gateway(nginx_program, below)
+        derived = article_fleet(hosts=1, gpu_count=1, client_limit=2, route=route, **fleet)
+        (instance,) = derived["instances"]
         instance |= {"address": "127.0.0.1", "port": server.port}
-        gateway.write(fleet)
+        gateway.write(derived, certificate)
         gateway.start()
         try:
             yield Served(instance["id"], f"http://127.0.0.1:{server.port}", record)
         finally:
             gateway.stop()
+
+
+@pytest.fixture(scope="module", params=[ROUTE], ids=["route"])
+def served(request, nginx_program, tmp_path_factory):
+    with recording(nginx_program, tmp_path_factory.mktemp("gunicorn"), request.param) as ready:
+        yield ready
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -175,6 +181,11 @@ def test_at_most_one_request_arrives_and_never_a_hidden_one(served, name):
     served.recorded()
     served.say(request + last(AFTER))
     assert served.say(last(FRESH)).endswith(b'{"path": "%s"}' % FRESH), "the next client has its own answer"
+    assert_nothing_hidden_arrived(served, arrives)
+
+
+def assert_nothing_hidden_arrived(served, arrives):
+    """Of the bytes in question so many requests, besides the next client's and at most one more of their sender's."""
     seen = served.recorded()
     paths = [one["path"].encode() for one in seen]
     assert SMUGGLED.split(b" ")[1] not in paths

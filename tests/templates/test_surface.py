@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.templates.conftest import PORT, ROUTE, article_fleet, running
+from tests.templates.conftest import KEYS, PORT, ROUTE, TLS, article_fleet, running
 from tests.templates.render import render
 from tests.templates.test_gateway import statuses
 
@@ -26,27 +26,36 @@ def findings(configuration, folder):
 
 
 OPTIONS = {
-    "plain": {},
-    "every option": {
-        "gateway_tls_certificate": "/etc/ssl/cert.pem",
-        "gateway_tls_certificate_key": "/etc/ssl/key.pem",
-        "gateway_trusted_proxies": ["10.0.0.0/8"],
-        "gateway_status_clients": ["10.0.0.0/8"],
-    },
+    "plain": ({}, {}),
+    "every option": (
+        {**TLS, "api_keys": KEYS},
+        {
+            "gateway_trusted_proxies": ["10.0.0.0/8"],
+            "gateway_status_clients": ["10.0.0.0/8"],
+            "gateway_log_format": "json",
+        },
+    ),
 }
+
+
+def rendered(options, **service):
+    """What nginx reads, with the keys in the place where it includes them."""
+    entrance, variables = OPTIONS[options]
+    fleet = article_fleet(entrance=entrance, **service)
+    if options == "every option":
+        fleet["monitoring"] = [{"host": "watcher", "address": "10.0.0.9"}, {"host": "other", "address": "[fd00::9]"}]
+    keys = render("gateway", "api_keys.conf.j2", fleet)
+    return render("gateway", "nginx.conf.j2", fleet, **variables).replace("include @SECRETS@/api_keys.conf;", keys)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("route", [ROUTE, "/"])
 def test_a_scanner_finds_nothing(tmp_path, options, route):
-    fleet = article_fleet(route=route)
-    if options == "every option":
-        fleet["monitoring"] = [{"host": "watcher", "address": "10.0.0.9"}, {"host": "other", "address": "[fd00::9]"}]
-    assert findings(render("gateway", "nginx.conf.j2", fleet, **OPTIONS[options]), tmp_path) == []
+    assert findings(rendered(options, route=route), tmp_path) == []
 
 
 def test_the_scanner_finds_what_is_wrong(tmp_path):
-    text = render("gateway", "nginx.conf.j2", article_fleet(), **OPTIONS["every option"])
+    text = rendered("every option")
     assert "host_spoofing" in findings(text.replace("Host $host;", "Host $http_host;"), tmp_path)
     assert "weak_ssl_tls" in findings(text.replace("TLSv1.2 TLSv1.3", "TLSv1 TLSv1.2"), tmp_path)
 

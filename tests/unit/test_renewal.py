@@ -3,15 +3,20 @@
 import contextlib
 
 import pytest
-from fleet_agent.renewal import Log, Renewal, with_other_sizes
+from fleet_agent.renewal import Log, Renewal, with_other_size
 
-ZONES = "limit_conn_zone $server_name zone=instance:10m;\nlimit_conn_zone $service zone=service:10m;\n"
+ZONES = {
+    "instance.conf": "limit_conn_zone $server_name zone=instance:10m;\n",
+    "service.conf": "limit_conn_zone $service zone=service:10m;\n",
+}
 DEATH = "2026/11/25 21:27:01 [alert] 7#7: worker process 19 exited on signal 9\n"
 
 
 @pytest.fixture
 def files(tmp_path):
-    (tmp_path / "zones.conf").write_text(ZONES)
+    (tmp_path / "zones").mkdir()
+    for name, text in ZONES.items():
+        (tmp_path / "zones" / name).write_text(text)
     return tmp_path
 
 
@@ -19,8 +24,12 @@ def files(tmp_path):
 def renewal(files):
     """`renewal()` is a new process's."""
     with contextlib.ExitStack() as stack:
-        arguments = (files / "error.log", files / "zones.conf", files / "nginx.pid")
+        arguments = (files / "error.log", files / "zones", files / "nginx.pid")
         yield lambda: stack.enter_context(contextlib.closing(Renewal(*arguments)))
+
+
+def zones(files):
+    return {path.name: path.read_text() for path in (files / "zones").glob("*.conf")}
 
 
 def write(files, text):
@@ -40,7 +49,7 @@ def test_a_death_renews_all_zones_once(files, renewal, line):
     write(files, line)
     running = renewal()
     assert running.look() and not running.look()
-    assert (files / "zones.conf").read_text().endswith(ZONES.replace(":10m", ":11m"))
+    assert zones(files) == {name: text.replace(":10m", ":11m") for name, text in ZONES.items()}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_a_death_renews_all_zones_once(files, renewal, line):
 def test_anything_else_does_not(files, renewal, line):
     write(files, line)
     assert not renewal().look()
-    assert (files / "zones.conf").read_text() == ZONES
+    assert zones(files) == ZONES
 
 
 def test_deaths_at_a_time_are_one_renewal_and_later_ones_another(files, renewal):
@@ -64,7 +73,7 @@ def test_deaths_at_a_time_are_one_renewal_and_later_ones_another(files, renewal)
     assert running.look()
     write(files, DEATH)
     assert running.look() and not running.look()
-    assert ":12m;" in (files / "zones.conf").read_text()
+    assert all(":12m;" in text for text in zones(files).values())
 
 
 def test_a_new_process_goes_on_where_the_last_left_off(files, renewal):
@@ -97,7 +106,7 @@ def read_on(path, log):
 
 
 def test_sizes_go_round_and_neighbours_differ():
-    texts = [ZONES]
+    texts = [ZONES["instance.conf"]]
     for _ in range(10):
-        texts.append(with_other_sizes(texts[-1]))
-    assert texts[-1] == ZONES and len(set(texts)) == 10
+        texts.append(with_other_size(texts[-1]))
+    assert texts[-1] == texts[0] and len(set(texts)) == 10

@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.gpufleet.core.plugins.module_utils.entrance import hash_of
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.templates.render import PROJECT, render, role_variables
+from tests.unit.test_certificate import issue, pem
+from tools.apikey import new_key
 
 SECRET = "hunter2-of-the-service"
+KEY = new_key("alice")
+TLS_KEY = ec.generate_private_key(ec.SECP256R1())
 SERVICE = {
     "route": "/tts/",
     "app": "tts_service.app:app",
@@ -25,7 +31,12 @@ SERVICE = {
 }
 HOSTS = {
     "gpu01": {"ansible_host": "10.0.0.1", "gpu_count": 2, "ansible_connection": "local"},
-    "gateway": {"ansible_host": "10.0.0.100"},
+    "gateway": {
+        "ansible_host": "10.0.0.100",
+        "ansible_connection": "local",
+        "api_keys": {"alice": {"hashes": [hash_of(KEY)]}},
+        "gateway_tls": {"certificate": issue("gateway", TLS_KEY), "key": pem(TLS_KEY)},
+    },
 }
 
 
@@ -47,10 +58,15 @@ def play(tmp_path, fleet):
     inventory = tmp_path / "inventory.yml"
     inventory.write_text(yaml.safe_dump({"all": {"vars": variables, "children": groups}}))
 
-    def run(playbook, *arguments):
+    def run(playbook, *arguments, **settings):
         program = Path(sys.executable).with_name("ansible-playbook")
         command = [program, "-i", inventory, playbook, "--check", "--diff", "-vvvv", *arguments]
-        environment = {**os.environ, "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"), "ANSIBLE_HOME": str(tmp_path)}
+        environment = {
+            **os.environ,
+            "ANSIBLE_CONFIG": str(PROJECT / "ansible.cfg"),
+            "ANSIBLE_HOME": str(tmp_path),
+            **settings,
+        }
         done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -82,6 +98,25 @@ def test_neither_rendering_nor_running_programs_tells_a_secret(play, tmp_path, f
     assert SECRET not in said
 
 
+def test_neither_keys_nor_their_hashes_are_told_where_they_are_brought(play, tmp_path, fleet):
+    """The role's own tasks in check mode on this machine, where no gateway is."""
+    (tmp_path / "known.json").write_text(json.dumps({"fleet": fleet}))
+    (tmp_path / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    playbook = tmp_path / "play.yml"
+    playbook.write_text("[{hosts: gateways, gather_facts: false, roles: [gateway]}]")
+    variables = {"ansible_python_interpreter": sys.executable}
+    task = "Serve the whole configuration, or keep the old one"
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = play(playbook, "-e", f"@{tmp_path}/known.json", "-e", json.dumps(variables), "--start-at-task", task, **path)
+    assert re.search(r"ssl_certificate_key /etc/nginx/gpufleet/\w{16}/key.pem;", said), (
+        "the diff shows what is no secret"
+    )
+    assert "alice" in said
+    assert pem(TLS_KEY).splitlines()[1] not in said
+    assert hash_of(KEY).split(".")[2] not in said
+
+
 @pytest.mark.parametrize(
     ("role", "template"),
     [
@@ -97,6 +132,7 @@ def test_no_file_that_all_may_read_holds_a_secret(fleet, role, template):
     text = render(role, template, fleet, inventory_hostname="gpu01", **variables)
     assert len(text) > 50
     assert SECRET not in text
+    assert hash_of(KEY).split(".")[2] not in text
 
 
 def test_the_flags_are_neither_the_services_nor_anybody_elses(fleet):

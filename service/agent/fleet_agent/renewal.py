@@ -1,8 +1,8 @@
 """Fresh counts for the gateway once an nginx worker has died: `python3 -m fleet_agent.renewal`. Runs as root.
 
 nginx counts connections in shared memory. What a killed or crashed worker held stays counted there, over reloads too:
-slots that no request would ever get again. To nginx a zone of another size is a new one. So the zones are in a file of
-their own, and a reload with other sizes in it begins to count anew. Requests that run then are not in the new counts:
+slots that no request would ever get again. To nginx a zone of another size is a new one. So the zones are in files of
+their own, and a reload with other sizes in them begins to count anew. Requests that run then are not in the new counts:
 until they end, the slot guards alone keep the cap of each GPU, as they always can.
 """
 
@@ -94,9 +94,10 @@ class Renewal:
     """Watches one nginx, and renews its zones when a worker has died."""
 
     def __init__(self, log: Path, zones: Path, pid_file: Path) -> None:
-        """Go on where an earlier process left off: `zones` says what of the log was heeded."""
+        """Go on where an earlier process left off: a file in the folder `zones` says what of the log was heeded."""
         self._zones, self._pid_file = zones, pid_file
-        self._log = Log(log, _position(_read(zones)))
+        self._heeded = zones / "heeded"
+        self._log = Log(log, _position(_read(self._heeded)))
 
     def look(self) -> bool:
         """Renew the zones if the log tells of a death; return whether it did."""
@@ -112,33 +113,37 @@ class Renewal:
         self._log.close()
 
     def _renew(self) -> None:
-        text = _read(self._zones)
-        inode, offset = self._log.position
-        unfinished = self._zones.with_name(f".{self._zones.name}")
-        unfinished.write_text(f"# heeded {inode} {offset}\n{with_other_sizes(text)}", encoding="utf-8")
-        unfinished.chmod(0o644)
-        unfinished.replace(self._zones)
+        for zone in self._zones.glob("[!.]*.conf"):
+            _replace(zone, with_other_size(_read(zone)))
+        # Last: who is killed before this heeds the same death again.
+        _replace(self._heeded, "{} {}\n".format(*self._log.position))
         try:
             os.kill(int(self._pid_file.read_text()), signal.SIGHUP)
         except (FileNotFoundError, ProcessLookupError):
             logger.info("nginx does not run: it will begin with the new counts")
 
 
-def with_other_sizes(zones: str) -> str:
-    """The zones' text without its position, each of them with the size that comes next."""
-    lines = [line for line in zones.splitlines(keepends=True) if not line.startswith("#")]
-    return SIZE.sub(lambda size: str(LEAST_MEGABYTES + (int(size[0]) + 1 - LEAST_MEGABYTES) % SIZES), "".join(lines))
+def with_other_size(zone: str) -> str:
+    """The text of a zone with the size that comes next."""
+    return SIZE.sub(lambda size: str(LEAST_MEGABYTES + (int(size[0]) + 1 - LEAST_MEGABYTES) % SIZES), zone)
 
 
-def _position(zones: str) -> tuple[int, int]:
-    found = re.match(r"# heeded (\d+) (\d+)\n", zones)
+def _position(heeded: str) -> tuple[int, int]:
+    found = re.match(r"(\d+) (\d+)\n", heeded)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _read(zones: Path) -> str:
+def _replace(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.chmod(0o644)
+    unfinished.replace(path)
+
+
+def _read(path: Path) -> str:
     try:
-        return zones.read_text(encoding="utf-8")
-    except FileNotFoundError:  # nginx is not set up yet
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:  # nothing was heeded yet
         return ""
 
 
@@ -146,7 +151,7 @@ def main() -> int:
     """Watch until killed."""
     parser = argparse.ArgumentParser(prog="fleet_agent.renewal", description=__doc__)
     parser.add_argument("--log", type=Path, required=True, help="nginx's error log")
-    parser.add_argument("--zones", type=Path, required=True, help="file with nginx's limit_conn_zone directives")
+    parser.add_argument("--zones", type=Path, required=True, help="folder of nginx's limit_conn_zone directives")
     parser.add_argument("--pid-file", type=Path, required=True, help="where nginx's master writes its process id")
     options = parser.parse_args()
     logging.basicConfig(format="[%(asctime)s] [%(levelname)s] %(message)s", level=logging.INFO, stream=sys.stderr)

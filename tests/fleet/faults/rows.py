@@ -89,7 +89,7 @@ def nginx_workers_killed_again(fleet: Fleet) -> None:
 
 def kill_nginx_workers(fleet: Fleet, chosen: str = "") -> None:
     """Kill workers, and wait until the gateway counts anew: until then their slots are lost."""
-    zones = "cat /run/gpufleet-gateway/zones.conf"
+    zones = "cat /run/gpufleet-gateway/zones/*.conf"
     before = fleet.sh(GATEWAY, zones)
     with fleet.strike():
         fleet.sh(GATEWAY, f"kill -9 $(pgrep --parent $(cat /run/nginx.pid) {chosen})")

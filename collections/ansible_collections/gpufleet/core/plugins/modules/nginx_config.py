@@ -6,13 +6,21 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.core.plugins.module_utils.system_files import Refused, differences, read, write
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
+    SECRET_MODE,
+    Refused,
+    Texts,
+    differences,
+    read,
+    write,
+)
 from ansible_collections.gpufleet.core.plugins.module_utils.unix_http import UnixConnection
 
 DOCUMENTATION = r"""
@@ -25,9 +33,17 @@ description:
     so the configuration itself tells its digest on a control socket, and only that counts as proof.
 options:
   configuration:
-    description: Text of F(/etc/nginx/nginx.conf); C(@CONFIGURATION_DIGEST@) in it is replaced by its digest.
+    description:
+      - Text of F(/etc/nginx/nginx.conf). In it C(@SECRETS@) is replaced by the folder of the secrets, and then
+        C(@CONFIGURATION_DIGEST@) by the digest of the whole.
     type: str
     required: true
+  secrets:
+    description:
+      - Texts of files that only root may read, by name. Their folder is named after their contents, so that one rename
+        switches the configuration and all of them. Folders that nothing refers to any more are removed.
+    type: dict
+    default: {}
   control_socket:
     description: Unix socket of the server in the configuration that answers C(/digest).
     type: path
@@ -66,7 +82,14 @@ digest:
 NGINX_CONF = Path("/etc/nginx/nginx.conf")
 TMPFILES = Path("/etc/tmpfiles.d/gpufleet-gateway.conf")
 UNIT_OVERRIDE = Path("/etc/systemd/system/nginx.service.d/gpufleet.conf")
+SECRETS = Path("/etc/nginx/gpufleet")
 DIGEST_MARK = "@CONFIGURATION_DIGEST@"
+SECRETS_MARK = "@SECRETS@"
+
+
+def digest_of(text: str) -> str:
+    """Return a short name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def served_digest(control_socket: str) -> str | None:
@@ -83,12 +106,16 @@ def served_digest(control_socket: str) -> str | None:
 
 
 class Gateway:
-    """nginx on this host, and the three files that make it the gateway."""
+    """nginx on this host, the three files that make it the gateway, and the folder of its secrets."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
-        configuration = module.params["configuration"]
-        self.digest = hashlib.sha256(configuration.encode()).hexdigest()[:16]
+        secrets = module.params["secrets"]
+        folder = SECRETS / digest_of(json.dumps(secrets, sort_keys=True))
+        self.secrets = {folder / name: text for name, text in secrets.items()}
+        self.found_secrets = {path: read(path) for path in SECRETS.glob("*/*")}
+        configuration = module.params["configuration"].replace(SECRETS_MARK, str(folder))
+        self.digest = digest_of(configuration)
         self.wanted = {
             TMPFILES: module.params["tmpfiles"],
             UNIT_OVERRIDE: module.params["unit_override"],
@@ -109,10 +136,14 @@ class Gateway:
 
     def validate(self) -> None:
         """Let nginx judge the wanted configuration while the old one stays in its place."""
-        with tempfile.NamedTemporaryFile("w", dir=NGINX_CONF.parent, prefix=".candidate.", encoding="utf-8") as file:
-            file.write(self.wanted[NGINX_CONF])
-            file.flush()
-            self.run("nginx", "-t", "-q", "-c", file.name)
+        with tempfile.TemporaryDirectory(dir=NGINX_CONF.parent, prefix=".candidate.") as folder:
+            text = self.wanted[NGINX_CONF]
+            for path, secret in self.secrets.items():
+                write(Path(folder, path.name), secret, SECRET_MODE)
+                text = text.replace(str(path), f"{folder}/{path.name}")
+            candidate = Path(folder, NGINX_CONF.name)
+            write(candidate, text)
+            self.run("nginx", "-t", "-q", "-c", str(candidate))
 
     def switch(self) -> None:
         """Write, validate and serve the wanted files."""
@@ -120,6 +151,7 @@ class Gateway:
             write(path, self.wanted[path])
         self.run("systemd-tmpfiles", "--create", str(TMPFILES))
         self.validate()
+        self.keep_secrets({**self.found_secrets, **self.secrets})
         write(NGINX_CONF, self.wanted[NGINX_CONF])
         self.load()
         deadline = time.monotonic() + self.module.params["timeout"]
@@ -128,12 +160,26 @@ class Gateway:
                 log = self.module.run_command(["tail", "-n", "20", "/var/log/nginx/error.log"])[1]
                 raise Refused(f"nginx did not take the new configuration over. The end of its error log:\n{log}")
             time.sleep(0.05)
+        self.keep_secrets(self.secrets)
 
     def put_back(self) -> None:
         """Serve again what was found."""
         for path, text in self.found.items():
             write(path, text)
         self.load()
+        self.keep_secrets(self.found_secrets)
+
+    def keep_secrets(self, wanted: Texts) -> None:
+        """Have these secrets and no others."""
+        for path, text in wanted.items():
+            SECRETS.mkdir(mode=0o700, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write(path, text, SECRET_MODE)
+        for path in set(SECRETS.glob("*/*")) - set(wanted):
+            path.unlink()
+        for folder in (*SECRETS.glob("*"), *SECRETS.parent.glob(SECRETS.name)):
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def load(self) -> None:
         """Let systemd read the drop-in and nginx the configuration; a stopped nginx is started."""
@@ -147,6 +193,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "configuration": {"type": "str", "required": True},
+            "secrets": {"type": "dict", "default": {}, "no_log": True},
             "control_socket": {"type": "path", "required": True},
             "tmpfiles": {"type": "str", "required": True},
             "unit_override": {"type": "str", "required": True},
@@ -158,14 +205,14 @@ def main() -> None:
     differing = differences(gateway.found, gateway.wanted)
     result = {
         "digest": gateway.digest,
-        "changed": bool(differing) or not gateway.serves(),
+        "changed": bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(),
         "diff": differing,
     }
     try:
         if module.check_mode:
             # Where the tmpfiles are yet to be made, nginx would find neither its sockets' directory nor its zones.
             made = gateway.found[TMPFILES] == gateway.wanted[TMPFILES]
-            if differing and made and shutil.which("nginx"):
+            if result["changed"] and made and shutil.which("nginx"):
                 gateway.validate()
         elif result["changed"]:
             try:

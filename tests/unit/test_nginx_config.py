@@ -1,0 +1,137 @@
+"""The module that switches nginx: one rename for the configuration and its secrets, and all put back on failure."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from ansible.module_utils.testing import patch_module_args
+from ansible_collections.gpufleet.core.plugins.modules import nginx_config
+
+CONFIGURATION = "key @SECRETS@/key.pem; digest @CONFIGURATION_DIGEST@; {}"
+NGINX = """#!/bin/sh
+# Takes a configuration whose key can be read and is no nonsense.
+while [ "$1" != -c ]; do shift; done
+key=$(sed -n 's/^key \\([^;]*\\);.*/\\1/p' "$2")
+[ ! "$key" ] || grep -q '^good' "$key" || { echo "cannot load key $key" >&2; exit 1; }
+"""
+
+
+class Host:
+    """A machine below a folder: its nginx serves what is in its file, unless it is told to go on as before."""
+
+    def __init__(self, root, monkeypatch, capsys):
+        self.conf, self.secrets = root / "etc/nginx.conf", root / "etc/gpufleet"
+        self.conf.parent.mkdir()
+        self.conf.write_text("as the distribution has it")
+        self.deaf = root / "deaf"
+        self.seen = root / "seen"
+        bin_folder = root / "bin"
+        bin_folder.mkdir()
+        programs = {
+            "nginx": NGINX,
+            "systemd-tmpfiles": "#!/bin/sh\n",
+            "systemctl": f'#!/bin/sh\necho "$@" >> {self.seen}\n',
+        }
+        for name, text in programs.items():
+            (bin_folder / name).write_text(text)
+            (bin_folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(nginx_config, "NGINX_CONF", self.conf)
+        monkeypatch.setattr(nginx_config, "TMPFILES", root / "tmpfiles.conf")
+        monkeypatch.setattr(nginx_config, "UNIT_OVERRIDE", root / "unit.conf")
+        monkeypatch.setattr(nginx_config, "SECRETS", self.secrets)
+        monkeypatch.setattr(nginx_config, "served_digest", self.served)
+        self._capsys = capsys
+
+    def served(self, _):
+        """The digest of what nginx serves."""
+        words = self.conf.read_text().split("digest ")
+        return words[1].split(";")[0] if len(words) > 1 and not self.deaf.exists() else None
+
+    def run(self, secrets, text="", check=False):
+        """Run the module; return its result, as it prints it too."""
+        arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets, "control_socket": "/x"}
+        arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check}
+        if not secrets:
+            arguments["configuration"] = arguments["configuration"].replace("key @SECRETS@/key.pem; ", "")
+        self._capsys.readouterr()
+        with patch_module_args(arguments), contextlib.suppress(SystemExit):
+            nginx_config.main()
+        self.said = self._capsys.readouterr().out
+        return json.loads(self.said)
+
+    def kept(self):
+        """Secrets by their path, with their modes."""
+        return {
+            str(path.relative_to(self.secrets)): (path.read_text(), oct(path.stat().st_mode & 0o777))
+            for path in self.secrets.rglob("*")
+            if path.is_file()
+        }
+
+    def folder(self):
+        """Where the configuration finds its secrets."""
+        return self.conf.read_text().split("key ")[1].split("/key.pem")[0]
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch, capsys):
+    return Host(tmp_path, monkeypatch, capsys)
+
+
+def test_secrets_are_roots_alone_and_lie_where_the_configuration_looks(host):
+    assert host.run({"key.pem": "good 1"})["changed"]
+    name = Path(host.folder()).name
+    assert host.folder() == str(host.secrets / name)
+    assert host.kept() == {f"{name}/key.pem": ("good 1", "0o600")}
+    assert {oct(folder.stat().st_mode & 0o777) for folder in (host.secrets, host.secrets / name)} == {"0o700"}
+    assert not host.run({"key.pem": "good 1"})["changed"]
+
+
+def test_a_new_secret_is_a_change_of_the_configuration_and_the_old_one_is_removed(host):
+    host.run({"key.pem": "good 1"})
+    before = host.folder()
+    result = host.run({"key.pem": "good 2"})
+    assert result["changed"] and before != host.folder()
+    assert "good" not in host.said
+    assert [text for text, _ in host.kept().values()] == ["good 2"]
+    assert host.run({})["changed"]
+    assert not host.secrets.exists()
+    assert not host.run({})["changed"]
+
+
+def test_what_somebody_did_to_a_secret_is_undone(host):
+    host.run({"key.pem": "good 1"})
+    Path(host.folder(), "key.pem").write_text("good 3")
+    Path(host.folder(), "other").write_text("x")
+    assert host.run({"key.pem": "good 1"})["changed"]
+    assert [text for text, _ in host.kept().values()] == ["good 1"]
+
+
+def test_a_secret_that_nginx_refuses_is_brought_nowhere(host):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept())
+    result = host.run({"key.pem": "bad"})
+    assert result["failed"] and "cannot load key" in result["msg"]
+    assert (host.conf.read_text(), host.kept()) == before
+    assert [path.name for path in host.conf.parent.iterdir()] == ["gpufleet", "nginx.conf"]
+
+
+def test_what_nginx_does_not_take_over_is_put_back_with_its_secrets(host):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept())
+    host.deaf.touch()
+    result = host.run({"key.pem": "good 2"})
+    assert result["failed"] and "did not take the new configuration over" in result["msg"]
+    assert (host.conf.read_text(), host.kept()) == before
+    assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_check_mode_judges_and_leaves_no_trace(host):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept())
+    result = host.run({"key.pem": "good 2"}, check=True)
+    assert result["changed"] and not result.get("failed")
+    assert host.run({"key.pem": "bad"}, check=True)["failed"]
+    assert (host.conf.read_text(), host.kept()) == before
