@@ -82,8 +82,7 @@ def url(fleet: dict[str, Any]) -> Callable[..., str]:
     """`url("audio-generate")` is that path of the first service at the gateway; `url("", service=NAME)` of another."""
 
     def of(path: str, service: str = next(iter(fleet["services"]))) -> str:
-        address = fleet["gateways"][0]["address"]
-        return f"http://{address}:{fleet['port']}{fleet['services'][service]['route']}{path}"
+        return f"{fleet['gateways'][0]['url']}{fleet['services'][service]['route']}{path}"
 
     return of
 

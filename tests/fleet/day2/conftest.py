@@ -50,7 +50,7 @@ def original_inventory(inventory: Inventory) -> None:
 
 @pytest.fixture(scope="session")
 def page(fleet: dict[str, Any]) -> Page:
-    return Page(f"http://{fleet['gateways'][0]['address']}:{fleet['port']}")
+    return Page(fleet["gateways"][0]["url"])
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def test_a_browser_sees_the_load_and_a_drain_within_two_seconds(
     gateway, instance = fleet["gateways"][0], fleet["instances"][-1]["id"]
     state = f"document.querySelector('[data-instance={instance}] .state')?.dataset.state"
     with chromium(gateway["address"]) as browser:
-        browser.visit(f"http://{gateway['address']}:{fleet['port']}/cluster/")
+        browser.visit(f"{gateway['url']}/cluster/")
         browser.wait(f"return {TAKEN} > {fleet['capacity'] // 2}", 20)
         with subprocess.Popen(operator.command("drain", target=instance), stdout=subprocess.DEVNULL) as drain:
             browser.wait(f"return ['draining', 'drained'].includes({state})", 60)

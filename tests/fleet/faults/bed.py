@@ -45,8 +45,7 @@ class Fleet:
         self.slots = {one["id"]: one["slots"] for one in self.fleet["instances"]}
         self.addresses = addresses
         self.engine: Engine = this_machine()
-        gateway = self.fleet["gateways"][0]["address"]
-        self.page = Page(f"http://{gateway}:{self.fleet['port']}")
+        self.page = Page(self.fleet["gateways"][0]["url"])
         self.url = f"{self.page.url}{self.service['route']}audio-generate"
         inventory = Inventory(INVENTORY, CACHE / "a" / "inventory", "group_vars/all/faults.yml")
         self.operator = Operator(inventory)

@@ -123,3 +123,16 @@ def test_the_access_log_names_client_card_and_times(
     assert line.startswith(client_addresses[0])
     for part in (f"/{service['name']}-gpu", "upstream_status=200", "request_time=", "connections_active="):
         assert part in line
+
+
+def test_a_rotated_log_is_written_on_under_its_name(
+    ask: Callable[..., list[Answer]], service: dict[str, Any], gateway: dict[str, Any], on: Callable[[str], Host]
+) -> None:
+    """By the rules of the distribution, which name no file of ours."""
+    host, log = on(gateway["host"]), f"/var/log/nginx/{service['name']}_access.log"
+    (before,) = ask(1)
+    assert host.run("logrotate --force /etc/logrotate.d/nginx").rc == 0
+    (after,) = ask(1)
+    assert host.run("grep -F %s %s.1", before.request, log).rc == 0
+    assert host.run("grep -F %s %s", after.request, log).rc == 0
+    assert host.run("grep -F %s %s", before.request, log).rc == 1

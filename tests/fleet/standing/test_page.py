@@ -13,9 +13,9 @@ FILES = {path.name: path.read_bytes() for path in (PROJECT / "service/agent/page
 
 
 @pytest.fixture
-def cluster(fleet: dict[str, Any], gateway: dict[str, Any]) -> str:
+def cluster(gateway: dict[str, Any]) -> str:
     """URL of the page."""
-    return f"http://{gateway['address']}:{fleet['port']}/cluster/"
+    return f"{gateway['url']}/cluster/"
 
 
 def test_a_browser_gets_the_page_and_all_its_files(cluster: str) -> None:

@@ -73,10 +73,10 @@ def test_supervisor_is_started_at_boot(on: Callable[[str], Host], fleet: dict[st
         assert on(host).service("supervisor").is_enabled
 
 
-def test_the_gateway_serves_its_port(on: Callable[[str], Host], fleet: dict[str, Any], gateway: dict[str, Any]) -> None:
+def test_the_gateway_serves_its_port(on: Callable[[str], Host], gateway: dict[str, Any]) -> None:
     assert on(gateway["host"]).service("nginx").is_running
     assert on(gateway["host"]).service("nginx").is_enabled
-    health = httpx.get(f"http://{gateway['address']}:{fleet['port']}/health", trust_env=False)
+    health = httpx.get(f"{gateway['url']}/health", trust_env=False)
     assert health.status_code == 200
 
 
