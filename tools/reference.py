@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from ansible_collections.gpufleet.core.plugins.module_utils.entrance import ACME_FIELDS, KEY_FIELDS, TLS_FIELDS
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import (
     CODE_FIELDS,
     GPU_FIELDS,
@@ -67,6 +68,8 @@ def fields() -> dict[str, dict[str, Setting]]:
         "fleet_gpu_group": parameters["gpu_group"].default,
         "fleet_gateway_group": parameters["gateway_group"].default,
         "fleet_monitoring_group": parameters["monitoring_group"].default,
+        "gateway_tls": None,
+        "api_keys": None,
     }
     defaults: dict[str, Mapping[str, Any]] = {
         "cluster": cluster,
@@ -75,6 +78,9 @@ def fields() -> dict[str, dict[str, Setting]]:
         "services": SERVICE_FIELDS,
         "code": _first_required(CODE_FIELDS),
         "smoke": _first_required(SMOKE_FIELDS),
+        "tls": TLS_FIELDS,
+        "acme": _first_required(ACME_FIELDS),
+        "api_keys": _first_required(KEY_FIELDS),
     }
     return {table: {name: Setting(value) for name, value in rows.items()} for table, rows in defaults.items()}
 
