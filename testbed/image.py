@@ -22,8 +22,10 @@ SUITE = "bookworm"
 PACKAGES = ("systemd-sysv", "openssh-server", "python3", "python3-apt", "ca-certificates", "iproute2", "procps")
 # Downloaded into apt's cache and not installed: the roles' own installation then needs no network, and where the
 # cache has aged apt fetches what is newer.
-LIKELY_PACKAGES = ("nginx", "supervisor", "nftables", "espeak-ng", "zstd", "git", "logrotate", "mtail")
-LIKELY_PACKAGES += ("prometheus", *(f"prometheus-{name}-exporter" for name in ("node", "nginx", "blackbox")))
+LIKELY_PACKAGES = (
+    *("nginx", "logrotate", "supervisor", "nftables", "espeak-ng", "zstd", "git"),
+    *("prometheus", "prometheus-node-exporter", "prometheus-nginx-exporter", "prometheus-blackbox-exporter", "mtail"),
+)
 UNREAD = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 # Host keys are made per host; a key baked into an image would be the same on all of them.
 CUSTOMIZE = (

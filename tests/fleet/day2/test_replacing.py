@@ -86,7 +86,7 @@ def test_a_broken_release_stops_at_the_first_card_and_is_put_back(
     with inventory.service() as service:
         service.update(fields)
     with pytest.raises(CommandFailed) as failed:
-        operator.play("rollout", gpu_workers_ready_timeout=15)
+        operator.play("rollout", gpu_workers_ready_timeout=12)
     assert reason in words(str(failed.value))
     after = pids()
     (replaced,) = [name for name in before if before[name] != after[name]]
