@@ -25,18 +25,19 @@ from tests.templates.render import PROJECT, files_made, render
 from tools.apikey import new_key
 
 
-def reserve_network() -> tuple[str, socket.socket]:
-    """A loopback network, as the first half of its addresses, that is nobody else's while the socket is open."""
+def reserve_number() -> tuple[int, socket.socket]:
+    """A number from 16 to 215 that no other process of these tests has while the socket is open."""
     for number in range(16, 216):
         with contextlib.suppress(OSError):
-            return f"127.{number}", socket.create_server((f"127.{number}.255.254", 20000))
-    raise RuntimeError("other tests have all loopback networks")
+            return number, socket.create_server((f"127.{number}.255.254", 20000))
+    raise RuntimeError("other tests have all numbers")
 
 
-# Several test processes, of this checkout and of others, run on one machine at a time.
-NETWORK, _RESERVED = reserve_network()
-with socket.create_server(("127.0.0.1", 0)) as probe, socket.create_server(("127.0.0.1", 0)) as other:
-    PORT, TLS_PORT = (server.getsockname()[1] for server in (probe, other))
+# Several test processes, of this checkout and of others, run on one machine at a time: each has a loopback network and
+# ports of its own, below those that the kernel gives to whoever asks for any.
+NUMBER, _RESERVED = reserve_number()
+NETWORK = f"127.{NUMBER}"
+PORT, TLS_PORT = 20000 + NUMBER, 20500 + NUMBER
 ROUTE = "/AIVoice/TTS/CosyVoice2/"
 TLS = {"gateway_tls": {"certificate": "given", "key": "given", "port": TLS_PORT}}
 ALICE, BOB, CAROL = (new_key(label) for label in ("alice", "bob", "carol"))
@@ -197,11 +198,11 @@ class Gateway:
             os.kill(int(worker), signal.SIGKILL)
 
     def kill_agent(self) -> None:
-        """Kill the agent as a fault would."""
-        assert self.agent is not None
-        self.agent.kill()
-        self.agent.wait()
-        self.agent = None
+        """Kill the agent, where it runs, as a fault would."""
+        if self.agent is not None:
+            self.agent.kill()
+            self.agent.wait()
+            self.agent = None
 
     @property
     def flagged(self) -> set[str]:
@@ -291,14 +292,11 @@ async def running(gateway: Gateway, fleet: dict[str, Any], **variables: Any) -> 
     """Run a gateway and its GPUs for the length of a block."""
     cluster = Cluster(gateway, fleet)
     gateway.write(fleet, **variables)
-    for gpu in cluster.gpus.values():
-        await gpu.start()
-    gateway.start()
-    try:
-        yield cluster
-    finally:
-        if gateway.agent is not None:
-            gateway.kill_agent()
-        gateway.stop()
+    async with contextlib.AsyncExitStack() as stack:
         for gpu in cluster.gpus.values():
-            await gpu.stop()
+            await gpu.start()
+            stack.push_async_callback(gpu.stop)
+        gateway.start()
+        stack.callback(gateway.stop)
+        stack.callback(gateway.kill_agent)
+        yield cluster

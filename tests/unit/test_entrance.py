@@ -72,7 +72,7 @@ def test_each_limit_that_keys_have_is_counted_for_itself():
     assert list(fleet["zones"]) == ["instance", "service", "client", *own]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(spoilt(GOOD), spoilt(ACME), st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK})))
 @example(GOOD)
 @example(ACME)

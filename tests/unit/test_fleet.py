@@ -272,7 +272,7 @@ PLAIN = re.compile(r"[!-~]+", re.ASCII)
 """What may stand in a configuration file without changing its meaning there."""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SERVICES, HOSTS, HOSTS, st.just(CONDA_ENVS) | JUNK, st.sampled_from([9999, 12421]) | JUNK)
 @example({"tts": GOOD_SERVICE}, {"gpu_count": 1}, {"gpus": GOOD_HOST["gpus"]}, CONDA_ENVS, 9999)
 def test_any_inventory_is_refused_or_means_a_consistent_fleet(services, first, second, conda_envs, port):

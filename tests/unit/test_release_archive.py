@@ -52,7 +52,7 @@ def unlike(tree):
     return {name: unlike(node) if isinstance(node, dict) else node for name, node in reversed(tree.items())}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(tree=TREES)
 def test_any_tree_arrives_whole_and_its_archive_depends_on_nothing_else(tmp_path_factory, tree):
     folder = tmp_path_factory.mktemp("tree")

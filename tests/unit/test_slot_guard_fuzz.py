@@ -132,7 +132,7 @@ class App:
             await send(dict(APP_STEPS[step]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 3), st.lists(EXCHANGES, min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_slots_are_never_exceeded_and_always_returned(slots, exchanges, random):
     async def play():

@@ -46,7 +46,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("supervisor") / "gpufleet.conf"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(environment=st.dictionaries(NAMES, VALUES, min_size=1, max_size=4))
 def test_every_supported_environment_arrives_as_it_was_written(file: Path, environment: dict[str, str]) -> None:
     assume(not any(unsupported_environment(value) for value in environment.values()))
@@ -55,7 +55,7 @@ def test_every_supported_environment_arrives_as_it_was_written(file: Path, envir
     assert parse_environment(written) == environment
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(before=VALUES, poison=st.sampled_from(["\n", "\r", " ;", "\u3000#", "%(here)s", "'\""]), after=VALUES)
 def test_every_refused_value_would_really_have_been_broken(file: Path, before: str, poison: str, after: str) -> None:
     """Nothing is refused out of caution: neither way of quoting carries a refused value."""

@@ -160,7 +160,7 @@ def test_limits_of_recycling_reach_the_guard(programs: Callable[..., dict[str, A
     assert [Settings.from_environment(program.environment).limits for program in made] == [Wear(9000, 500, 86400)] * 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.one_of(st.text(), st.dictionaries(st.text(), st.text())))
 @example({"text": 'don\'t; say "100%" #1 %(here)s \\ \n\0 你好 🙂'})
 @example("'single' and \"double\"")
