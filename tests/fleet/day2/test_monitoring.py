@@ -9,9 +9,6 @@ from testinfra.host import Host
 
 from ..operations import Inventory, Operator, wait_until
 
-TASKS_AT_MOST = {"gpu_servers": 17, "gateways": 20}
-"""Of a second roll-out: two more on a GPU server; the gateway is the monitoring host too."""
-
 SETTINGS = {"monitoring_scrape_interval": "2s", "monitoring_alert_for": {"GpuGone": "1s"}}
 CARDS = "/etc/nvidia-smi-simulated"
 LEFT = r"find / -xdev -type f -path '*gpufleet*' \( -path '*prometheus*' -o -path '*mtail*' -o -path '*gpu?metrics*' \)"
@@ -55,10 +52,8 @@ def test_a_card_that_goes_is_told_and_nothing_stays_when_nobody_watches(
     told = {one["labels"]["host"] for one in prometheus.ask("targets")["activeTargets"]}
     assert told == {gateway, *fleet["hosts"]}
 
-    recap = re.findall(r"^(\S+) +: ok=(\d+) +changed=(\d+)", operator.play("site", **SETTINGS), flags=re.MULTILINE)
-    for host, tasks, changed in recap:
-        group = "gpu_servers" if host in fleet["hosts"] else "gateways"
-        assert (changed, int(tasks) <= TASKS_AT_MOST[group]) == ("0", True), recap
+    again = operator.play("site", "--tags", "monitoring", **SETTINGS)
+    assert set(re.findall(r"^\S+ +: ok=\d+ +changed=(\d+)", again, flags=re.MULTILINE)) == {"0"}
 
     reach = "timeout 5 bash -c '</dev/tcp/%s/9100'"
     watched, other = (fleet["hosts"][name]["address"] for name in ("gpu02", "gpu03"))
