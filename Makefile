@@ -41,6 +41,7 @@ envs: $(VENV) ## Lock and build the conda environments of the demo and the tests
 	@python -m testbed.envs
 
 ##### Tests
+# More processes than cores: half of the time they wait for what takes a known time.
 
 .PHONY: test
 test: $(VENV) ## Run all test layers, one after the other
@@ -56,12 +57,11 @@ lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
 
 .PHONY: unit
 unit: $(VENV) ## Layer 2: Python, refused inventories, modules
-	pytest --quiet --numprocesses=auto --dist=worksteal tests/unit
+	pytest --quiet --numprocesses=4 --dist=worksteal tests/unit
 
 .PHONY: templates
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
-# Most of the time they wait for answers that take a known time.
-	pytest --quiet --numprocesses=4 --dist=worksteal tests/templates
+	pytest --quiet --numprocesses=6 --dist=worksteal tests/templates
 
 .PHONY: molecule-default molecule-mixed
 molecule-default molecule-mixed: molecule-%: envs ## Layers 4 and 5: real hosts, from bare to serving, through every day, and gone again
