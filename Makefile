@@ -44,8 +44,12 @@ envs: $(VENV) ## Lock and build the conda environments of the demo and the tests
 # More processes than cores: half of the time they wait for what takes a known time.
 
 .PHONY: test
-test: $(VENV) ## Run all test layers, one after the other
+test: $(VENV) ## Run the test layers, one after the other
 	@python -m testbed.layers $(LAYERS)
+
+.PHONY: test-all
+test-all: $(VENV) ## Run them, and a fleet through every day with clients asking: what CI runs
+	@python -m testbed.layers $(LAYERS) molecule-day2
 
 .PHONY: lint
 lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
@@ -57,14 +61,14 @@ lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
 
 .PHONY: unit
 unit: $(VENV) ## Layer 2: Python, refused inventories, modules
-	pytest --quiet --numprocesses=4 --dist=worksteal tests/unit
+	pytest --quiet --numprocesses=4 --dist=loadgroup tests/unit
 
 .PHONY: templates
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
 	pytest --quiet --numprocesses=6 --dist=worksteal tests/templates
 
-.PHONY: molecule-default molecule-mixed
-molecule-default molecule-mixed: molecule-%: envs ## Layers 4 and 5: real hosts, from bare to serving, through every day, and gone again
+.PHONY: molecule-default molecule-mixed molecule-day2
+molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
 .PHONY: faults

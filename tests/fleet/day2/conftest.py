@@ -34,7 +34,7 @@ class Watch(Background):
 @pytest.fixture(scope="session")
 def inventory(pytestconfig: pytest.Config) -> Inventory:
     original = PROJECT / pytestconfig.getoption("ansible_inventory")
-    return Inventory(original, PROJECT / ".cache" / "day2" / "inventory", "group_vars/all/default.yml")
+    return Inventory(original, PROJECT / ".cache" / "day2" / "inventory", "group_vars/all/day2.yml")
 
 
 @pytest.fixture(scope="session")
