@@ -61,7 +61,7 @@ lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
 
 .PHONY: unit
 unit: $(VENV) ## Layer 2: Python, refused inventories, modules
-	pytest --quiet --numprocesses=4 --dist=loadgroup tests/unit
+	pytest --quiet --numprocesses=4 --dist=loadfile tests/unit
 
 .PHONY: templates
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for

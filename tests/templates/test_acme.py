@@ -59,9 +59,11 @@ def authority(tmp_path, monkeypatch):
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((tmp_path / "pebble.log").open("w"))
         for command in (every_name_is_here, pebble):
-            environment = {**os.environ, "PEBBLE_VA_NOSLEEP": "1"}
+            # Else it delays its checks, and refuses one request in twenty to try its clients.
+            environment = {**os.environ, "PEBBLE_VA_NOSLEEP": "1", "PEBBLE_WFE_NONCEREJECT": "0"}
             process = stack.enter_context(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             stack.callback(process.kill)
+        wait_for(dns)
         wait_for(listening)
         yield f"https://localhost:{listening}/dir"
 

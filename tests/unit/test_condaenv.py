@@ -23,8 +23,6 @@ from tools.condaenv import CondaError
 from tools.condaenv.environment import read_environment
 from tools.condaenv.wheels import require_glibc
 
-pytestmark = pytest.mark.xdist_group("condaenv")  # one process: the folder below is everybody's
-
 PROJECT = Path(__file__).parents[2]
 HOME = PROJECT / ".cache" / "unit-condaenv"
 """Kept between runs: made anew only when what it is made of changes."""
