@@ -65,7 +65,7 @@ unit: $(VENV) ## Layer 2: Python, refused inventories, modules
 
 .PHONY: templates
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
-	pytest --quiet --numprocesses=6 --dist=worksteal tests/templates
+	pytest --quiet --numprocesses=4 --dist=worksteal tests/templates
 
 .PHONY: molecule-default molecule-mixed molecule-day2
 molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again

@@ -126,7 +126,12 @@ class Watch:
 
     def ask(self, path, **parameters):
         """Ask Prometheus."""
-        answer = self.http.get(f"{self.url}/{path}", params=parameters).json()
+        for _ in range(100):
+            found = self.http.get(f"{self.url}/{path}", params=parameters)
+            if found.status_code != 503:  # while it starts
+                break
+            time.sleep(0.1)
+        answer = found.json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
 
