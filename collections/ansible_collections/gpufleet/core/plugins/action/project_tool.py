@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-
-PROJECT = Path(__file__).resolve().parents[6]
-"""Folder of site.yml; the collection lies in it."""
+from ansible_collections.gpufleet.core.plugins.plugin_utils.project import PROJECT
 
 
 class ActionModule(ActionBase):

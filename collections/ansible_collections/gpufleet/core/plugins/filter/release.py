@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.core.plugins.module_utils.archive import ArchiveError
 from ansible_collections.gpufleet.core.plugins.module_utils.release_ids import SourceError, code_release, conda_release
-
-PROJECT = str(Path(__file__).resolve().parents[6])
-"""Folder of site.yml, where relative folders start. The collection lies in it; no variable names it in every play."""
+from ansible_collections.gpufleet.core.plugins.plugin_utils.project import PROJECT
 
 Releases = dict[str, dict[str, str]]
 
 
-def conda_releases(envs: Mapping[str, Any], root: str, suffix: str = "tar.gz", project: str = PROJECT) -> Releases:
+def conda_releases(envs: Mapping[str, Any], root: str, suffix: str = "tar.gz", project: str = str(PROJECT)) -> Releases:
     """Releases of environments (name -> {lock: folder}), by name: {name, id, root, path, link, archive}.
 
     root is the folder of all environments on the hosts, suffix the kind of archive.
@@ -27,7 +24,7 @@ def conda_releases(envs: Mapping[str, Any], root: str, suffix: str = "tar.gz", p
         raise AnsibleFilterError(str(error)) from error
 
 
-def code_releases(services: Mapping[str, Any], root: str, project: str = PROJECT) -> Releases:
+def code_releases(services: Mapping[str, Any], root: str, project: str = str(PROJECT)) -> Releases:
     """Releases of services (name -> {code: {source, version}}), by name: {name, id, root, path, link, archive}."""
     try:
         return {name: code_release(name, service["code"], root, project) for name, service in services.items()}

@@ -12,6 +12,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.lookup import LookupBase
 from ansible_collections.gpufleet.core.plugins.module_utils.faults import Faults
 from ansible_collections.gpufleet.core.plugins.plugin_utils.certificate import PEM, judge, shown
+from ansible_collections.gpufleet.core.plugins.plugin_utils.project import PROJECT
 
 DOCUMENTATION = r"""
 name: certificate
@@ -34,9 +35,6 @@ _raw:
 """
 
 NAMES = ("certificate", "key")
-
-PROJECT = Path(__file__).resolve().parents[6]
-"""Folder of site.yml, where relative paths start."""
 
 
 class LookupModule(LookupBase):

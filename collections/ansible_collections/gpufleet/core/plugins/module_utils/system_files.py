@@ -23,6 +23,19 @@ class Refused(Exception):
     """The wanted state could not be reached; the message is for the operator."""
 
 
+class Commands:
+    """Commands of the system, run on behalf of a module."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def command(self, *command: str, text: str | None = None) -> None:
+        """Run a command, with ``text`` as its input; its error output is the reason of a refusal."""
+        code, out, err = self.module.run_command(list(command), data=text)
+        if code:
+            raise Refused(f"{' '.join(command)} failed with {code}: {(err or out).strip()}")
+
+
 def read(path: Path) -> str | None:
     """Return the text of a file, or None where there is none."""
     try:

@@ -8,7 +8,13 @@ import hashlib
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.gpufleet.core.plugins.module_utils.system_files import Refused, differences, read, write
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
+    Commands,
+    Refused,
+    differences,
+    read,
+    write,
+)
 
 DOCUMENTATION = r"""
 module: firewall
@@ -57,11 +63,11 @@ REMEDY = (
 )
 
 
-class Firewall:
+class Firewall(Commands):
     """The table of this host, the file of its rules and the unit that loads them."""
 
     def __init__(self, module: AnsibleModule) -> None:
-        self.module = module
+        super().__init__(module)
         rules = module.params["rules"]
         self.digest = hashlib.sha256(rules.encode()).hexdigest()[:16] if rules else ""
         self.wanted = {
@@ -70,12 +76,6 @@ class Firewall:
         }
         self.found = {path: read(path) for path in self.wanted}
         self.nft = module.get_bin_path("nft")
-
-    def run(self, *command: str, text: str | None = None) -> None:
-        """Run a command; its error output is the reason of a refusal."""
-        code, out, err = self.module.run_command(list(command), data=text)
-        if code:
-            raise Refused(f"{' '.join(command)} failed with {code}: {(err or out).strip()}")
 
     def succeeds(self, *command: str) -> bool:
         """Tell whether a command ends well."""
@@ -96,7 +96,7 @@ class Firewall:
     def validate(self) -> None:
         """Let nft and the kernel judge the rules; those in force stay."""
         if self.digest:
-            self.run(self.nft or "nft", "-c", "-f", "-", text=self.wanted[RULES])
+            self.command(self.nft or "nft", "-c", "-f", "-", text=self.wanted[RULES])
 
     def switch(self) -> None:
         """Bring files, unit and table to what is wanted, or back to what was found."""
@@ -115,16 +115,16 @@ class Firewall:
     def bring(self, texts: dict[Path, str | None]) -> None:
         """Write files and let systemd act on them."""
         if texts[UNIT] is None and read(UNIT) is not None:
-            self.run("systemctl", "disable", "--now", "--quiet", UNIT.name)
+            self.command("systemctl", "disable", "--now", "--quiet", UNIT.name)
         for path, text in texts.items():
             write(path, text)
-        self.run("systemctl", "daemon-reload")
+        self.command("systemctl", "daemon-reload")
         if texts[UNIT] is not None:
-            self.run("systemctl", "enable", "--quiet", UNIT.name)
+            self.command("systemctl", "enable", "--quiet", UNIT.name)
             # A reload, where it runs: a restart would take the table away for a moment.
-            self.run("systemctl", "reload-or-restart", UNIT.name)
+            self.command("systemctl", "reload-or-restart", UNIT.name)
         elif self.table():
-            self.run(str(self.nft), "delete", "table", *TABLE)
+            self.command(str(self.nft), "delete", "table", *TABLE)
 
 
 def main() -> None:

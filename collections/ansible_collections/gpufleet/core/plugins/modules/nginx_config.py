@@ -15,6 +15,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
     SECRET_MODE,
+    Commands,
     Refused,
     Texts,
     differences,
@@ -105,11 +106,11 @@ def served_digest(control_socket: str) -> str | None:
         connection.close()
 
 
-class Gateway:
+class Gateway(Commands):
     """nginx on this host, the three files that make it the gateway, and the folder of its secrets."""
 
     def __init__(self, module: AnsibleModule) -> None:
-        self.module = module
+        super().__init__(module)
         secrets = module.params["secrets"]
         folder = SECRETS / digest_of(json.dumps(secrets, sort_keys=True))
         self.secrets = {folder / name: text for name, text in secrets.items()}
@@ -122,12 +123,6 @@ class Gateway:
             NGINX_CONF: configuration.replace(DIGEST_MARK, self.digest),
         }
         self.found = {path: read(path) for path in self.wanted}
-
-    def run(self, *command: str) -> None:
-        """Run a command; its error output is the reason of a refusal."""
-        code, out, err = self.module.run_command(list(command))
-        if code:
-            raise Refused(f"{' '.join(command)} failed with {code}: {(err or out).strip()}")
 
     def serves(self) -> bool:
         """Tell whether nginx serves the wanted configuration and will do so after a reboot."""
@@ -143,13 +138,13 @@ class Gateway:
                 text = text.replace(str(path), f"{folder}/{path.name}")
             candidate = Path(folder, NGINX_CONF.name)
             write(candidate, text)
-            self.run("nginx", "-t", "-q", "-c", str(candidate))
+            self.command("nginx", "-t", "-q", "-c", str(candidate))
 
     def switch(self) -> None:
         """Write, validate and serve the wanted files."""
         for path in (TMPFILES, UNIT_OVERRIDE):
             write(path, self.wanted[path])
-        self.run("systemd-tmpfiles", "--create", str(TMPFILES))
+        self.command("systemd-tmpfiles", "--create", str(TMPFILES))
         self.validate()
         self.keep_secrets({**self.found_secrets, **self.secrets})
         write(NGINX_CONF, self.wanted[NGINX_CONF])
@@ -183,9 +178,9 @@ class Gateway:
 
     def load(self) -> None:
         """Let systemd read the drop-in and nginx the configuration; a stopped nginx is started."""
-        self.run("systemctl", "daemon-reload")
-        self.run("systemctl", "enable", "--quiet", "nginx")
-        self.run("systemctl", "reload-or-restart", "nginx")
+        self.command("systemctl", "daemon-reload")
+        self.command("systemctl", "enable", "--quiet", "nginx")
+        self.command("systemctl", "reload-or-restart", "nginx")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
+    Commands,
     Refused,
     Texts,
     differences,
@@ -95,11 +96,11 @@ SETTLE_SECONDS = 1.0
 LOG_LINES = 15
 
 
-class Unit:
+class Unit(Commands):
     """One unit and its files."""
 
     def __init__(self, module: AnsibleModule, given: Mapping[str, Any]) -> None:
-        self.module = module
+        super().__init__(module)
         self.name: str = given["name"]
         self.run: bool | None = given["run"]
         self.check: list[str] = given["check"]
@@ -179,12 +180,6 @@ class Unit:
             if read(path) != text:
                 write(path, text)
         self.command("systemctl", "daemon-reload")
-
-    def command(self, *command: str) -> None:
-        """Run a command; its error output is the reason of a refusal."""
-        code, out, err = self.module.run_command(list(command))
-        if code:
-            raise Refused(f"{' '.join(command)} failed with {code}: {(err or out).strip()}")
 
 
 def main() -> None:
