@@ -1,6 +1,7 @@
 """nginx with the rendered configuration on loopback, in front of simulated GPUs."""
 
 import asyncio
+import atexit
 import contextlib
 import os
 import shutil
@@ -35,7 +36,8 @@ def reserve_number() -> tuple[int, socket.socket]:
 
 # Several test processes, of this checkout and of others, run on one machine at a time: each has a loopback network and
 # ports of its own, below those that the kernel gives to whoever asks for any.
-NUMBER, _RESERVED = reserve_number()
+NUMBER, _reservation = reserve_number()
+atexit.register(_reservation.close)
 NETWORK = f"127.{NUMBER}"
 PORT, TLS_PORT = 20000 + NUMBER, 20500 + NUMBER
 ROUTE = "/AIVoice/TTS/CosyVoice2/"

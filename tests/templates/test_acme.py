@@ -15,14 +15,10 @@ from ansible_collections.gpufleet.core.plugins.modules import acme_certificate
 
 from testbed.shell import provide
 from tests.templates.conftest import PORT, article_fleet
+from tests.unit.service_helpers import free_port
 
 NAME = "tts.example.org"
 SELF_SIGNED = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def wait_for(port):

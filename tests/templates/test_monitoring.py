@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from testbed.hosts import NVIDIA_SMI
 from testbed.shell import unpack
 from tests.templates.conftest import ROUTE, TLS, TLS_PORT, article_fleet, running
 from tests.templates.render import PROJECT, role_value
+from tests.unit.service_helpers import free_port
 
 ROLE = PROJECT / "roles/monitoring"
 MONITOR, STRANGER = "127.0.0.1", "127.0.0.66"
@@ -69,11 +69,6 @@ def value():
             return pool.submit(role_value, "monitoring", name, fleet, **given).result()
 
         yield of
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def watched_fleet(**fields):
@@ -126,12 +121,10 @@ class Watch:
 
     def ask(self, path, **parameters):
         """Ask Prometheus."""
-        for _ in range(100):
-            found = self.http.get(f"{self.url}/{path}", params=parameters)
-            if found.status_code != 503:  # while it starts
-                break
-            time.sleep(0.1)
-        answer = found.json()
+        response = self.http.get(f"{self.url}/{path}", params=parameters)
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            raise httpx.TransportError("it still starts")
+        answer = response.json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
 

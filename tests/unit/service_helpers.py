@@ -16,6 +16,13 @@ PROJECT = UNIT.parent.parent
 FROM_GATEWAY = {"X-Gpufleet-Instance": "cosyvoice2-gpu01-0"}
 
 
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 def wait_for(condition, seconds=10):
     """Wait until `condition()` is true and return what it gave."""
     deadline = time.monotonic() + seconds

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from ansible_collections.gpufleet.core.plugins.module_utils import instances
 from ansible_collections.gpufleet.core.plugins.module_utils.instances import Answer, Instance
 from ansible_collections.gpufleet.core.plugins.modules import drain
 from ansible_collections.gpufleet.core.plugins.modules.drain import CONNECT_ATTEMPTS, SETTLE_SECONDS
+
+from tests.unit.service_helpers import free_port
 
 
 class Guard:
@@ -93,12 +94,6 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dic
 
 def audit(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "audit.log").read_text().splitlines()]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def test_an_idle_instance_is_flagged_and_a_second_run_changes_nothing(

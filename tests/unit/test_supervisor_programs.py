@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from ansible_collections.gpufleet.core.plugins.modules.supervisor_programs impor
     group_members,
     trouble,
 )
+
+from tests.unit.service_helpers import free_port
 
 SLEEP = "/bin/sleep 1000"
 
@@ -162,12 +163,6 @@ def bench(bare: Bench) -> Iterator[Bench]:
             bare.end()
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def test_first_run_starts_all_and_the_second_changes_nothing(bench: Bench) -> None:
