@@ -19,6 +19,6 @@ def test_a_second_rollout_changes_nothing(operator: Operator, arguments: list[st
     recap = re.findall(r"^(\S+) +: ok=(\d+) +changed=(\d+)", output, flags=re.MULTILINE)
     assert recap
     for host, tasks, changed in recap:
-        assert changed == "0", (host, output)
+        assert changed == "0", f"{host}\n{output}"
         group = "gpu_servers" if host.startswith("gpu") else "gateways"
         assert int(tasks) <= TASKS_AT_MOST[group], host
