@@ -123,7 +123,7 @@ def chromium(host: str = "127.0.0.1") -> Iterator[Browser]:
         try:
             assert driver.stdout
             port = next(found[1] for line in driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as http:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:
                 browser = Browser(http, host)
                 try:
                     yield browser

@@ -19,8 +19,8 @@ import yaml
 
 from testbed.hosts import NVIDIA_SMI
 from testbed.shell import unpack
-from tests.templates.conftest import ROUTE, TLS, TLS_PORT, article_fleet, running
-from tests.templates.render import PROJECT, role_value
+from tests.templates.conftest import KEYS, ROUTE, TLS, TLS_PORT, article_fleet, running
+from tests.templates.render import PROJECT, render, role_value
 from tests.unit.service_helpers import free_port
 
 ROLE = PROJECT / "roles/monitoring"
@@ -237,16 +237,17 @@ def test_dashboards_are_told_apart_and_lie_side_by_side():
 
 
 ARTICLE = (
-    '127.0.0.1 - - [25/Nov/2026:10:00:00 +0000] "POST /tts/ HTTP/1.1" %d 2 "-" "%s" "-" upstream_addr=unix:/x '
+    '127.0.0.1 - studio [25/Nov/2026:10:00:00 +0000] "POST /tts/ HTTP/1.1" %d 2 "-" "%s" "-" upstream_addr=unix:/x '
     "upstream_response_time=0.3 request_time=%s server_name=_ connections_active=3 upstream_status=200 request_id=f"
 )
 JSON = (
-    '{"time":"2026-11-25T10:00:00+00:00","request":"POST /tts/ HTTP/1.1","status":%d,"body_bytes_sent":2,'
-    '"http_user_agent":"%s","request_time":%s,"server_name":"_","request_id":"f"}'
+    '{"time":"2026-11-25T10:00:00+00:00","remote_addr":"127.0.0.1","client":"studio","request":"POST /tts/ HTTP/1.1",'
+    '"status":%d,"body_bytes_sent":2,"http_user_agent":"%s","request_time":%s,"server_name":"_","request_id":"f"}'
 )
 
 
-def test_requests_are_counted_in_either_format_whatever_clients_call_themselves(programs, tmp_path):
+@pytest.mark.parametrize("keys", [False, True], ids=["anybody", "api keys"])
+def test_requests_are_counted_in_either_format_whatever_clients_call_themselves(programs, tmp_path, keys):
     logs = {
         "tts_access.log": [
             ARTICLE % (200, "curl", "0.300"),
@@ -261,10 +262,14 @@ def test_requests_are_counted_in_either_format_whatever_clients_call_themselves(
     }
     for name, lines in logs.items():
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-    command = [programs / "usr/bin/mtail", "--progs", ROLE / "files/requests.mtail", "--logs", f"{tmp_path}/*.log"]
+    fleet = article_fleet(entrance={"api_keys": KEYS} if keys else {})
+    program = tmp_path / "gpufleet.mtail"
+    program.write_text(render("monitoring", "requests.mtail.j2", fleet))
+    command = [programs / "usr/bin/mtail", "--progs", program, "--logs", f"{tmp_path}/*.log"]
     options = ["--one_shot", "--one_shot_format=prometheus", "--emit_prog_label=false", "--logtostderr", "--port=0"]
     told = subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
-    counts = re.findall(r'requests_total\{service="(\w+)",status="(\d+)"\} (\d+)', told)
+    client = 'client="studio",' if keys else ""
+    counts = re.findall(rf'requests_total{{{client}service="(\w+)",status="(\d+)"}} (\d+)', told)
     assert {(service, int(status)): int(count) for service, status, count in counts} == {
         **{("tts", 200): 1, ("tts", 503): 1, ("asr", 200): 1, ("asr", 504): 1, ("gateway", 401): 1},
     }

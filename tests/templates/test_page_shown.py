@@ -102,7 +102,7 @@ def world(nginx_program):
     thread.start()
 
     def wait_for(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(60)
 
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
