@@ -60,25 +60,27 @@ def post_at_once(
     clients: Sequence[str],
     json: Mapping[str, Any],
     *,
+    key: str = "",
     hang_up_after: float | None = None,
     seconds: float = 60,
 ) -> list[Answer]:
     """Post `json` once for each entry of `clients` (addresses of this machine; repeat one to ask twice), all at once.
 
-    Each request has a connection of its own. Those without an answer after `hang_up_after` seconds are closed;
-    `seconds` is how long the test waits at most.
+    Each request has a connection of its own, and bears the API key where one is given. Those without an answer after
+    `hang_up_after` seconds are closed; `seconds` is how long the test waits at most.
     """
-    return asyncio.run(_post_at_once(url, clients, json, hang_up_after, seconds))
+    return asyncio.run(_post_at_once(url, clients, json, key, hang_up_after, seconds))
 
 
 async def _post_at_once(
-    url: str, clients: Sequence[str], json: Mapping[str, Any], hang_up_after: float | None, seconds: float
+    url: str, clients: Sequence[str], json: Mapping[str, Any], key: str, hang_up_after: float | None, seconds: float
 ) -> list[Answer]:
+    bearer = {"Authorization": f"Bearer {key}"} if key else {}
     start = asyncio.Event()
     zero = time.monotonic()
 
     async def post(client: str) -> Answer:
-        # Not verifying what is no TLS spares loading the machine's certificates for every request.
+        # Not verifying spares loading the machine's certificates for every request; most are no TLS anyway.
         transport = httpx.AsyncHTTPTransport(local_address=client, verify=False)
         async with httpx.AsyncClient(transport=transport, trust_env=False, timeout=seconds) as session:
             await start.wait()
@@ -86,7 +88,7 @@ async def _post_at_once(
             status, headers, body = None, httpx.Headers(), b""
             try:
                 async with asyncio.timeout(hang_up_after):
-                    answer = await session.post(url, json=json)
+                    answer = await session.post(url, json=json, headers=bearer)
                     status, headers, body = answer.status_code, answer.headers, answer.content
             except TimeoutError:
                 pass
@@ -106,10 +108,12 @@ class SteadyLoad(Background):
     At its end every client ends its request; none is given up.
     """
 
-    def __init__(self, url: str, clients: Sequence[str], json: Mapping[str, Any], *, pause: float = 0.1) -> None:
+    def __init__(
+        self, url: str, clients: Sequence[str], json: Mapping[str, Any], *, key: str = "", pause: float = 0.1
+    ) -> None:
         super().__init__()
         self.answers: list[Answer] = []
-        self._url, self._clients, self._json, self._pause = url, clients, json, pause
+        self._url, self._clients, self._json, self._key, self._pause = url, clients, json, key, pause
 
     def work(self) -> None:
         asyncio.run(self._run())
@@ -121,6 +125,6 @@ class SteadyLoad(Background):
 
     async def _ask_on(self, client: str) -> None:
         while not self.ending.is_set():
-            (answer,) = await _post_at_once(self._url, [client], self._json, None, 60)
+            (answer,) = await _post_at_once(self._url, [client], self._json, self._key, None, 60)
             self.answers.append(answer)
             await asyncio.sleep(self._pause)

@@ -20,7 +20,8 @@ import pytest
 from ansible_collections.gpufleet.core.plugins.module_utils.entrance import hash_of
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 
-from testbed.shell import provide, unpack
+from testbed.shell import unpack
+from tests.certificate import self_signed
 from tests.templates.gpu import SimulatedGpu
 from tests.templates.render import PROJECT, files_made, render
 from tools.apikey import new_key
@@ -91,12 +92,7 @@ def article_fleet(
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate for localhost and its key."""
-    provide({"openssl": "openssl"})
-    folder = tmp_path_factory.mktemp("tls")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
-    files = ["-keyout", folder / "key.pem", "-out", folder / "certificate.pem"]
-    subprocess.run([*command, "-addext", "subjectAltName=DNS:localhost", *files], check=True, capture_output=True)
-    return folder
+    return self_signed(tmp_path_factory.mktemp("tls"), "localhost")
 
 
 class Gateway:

@@ -14,11 +14,11 @@ from ansible.module_utils.testing import patch_module_args
 from ansible_collections.gpufleet.core.plugins.modules import acme_certificate
 
 from testbed.shell import provide
+from tests.certificate import self_signed
 from tests.templates.conftest import PORT, article_fleet
 from tests.unit.service_helpers import free_port
 
 NAME = "tts.example.org"
-SELF_SIGNED = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
 
 
 def wait_for(port):
@@ -34,20 +34,18 @@ def wait_for(port):
 def authority(tmp_path, monkeypatch):
     """Pebble, which looks for answers at our port of plain HTTP: the URL of its directory."""
     provide({"pebble": "pebble", "certbot": "certbot", "openssl": "openssl"})
-    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
-    subprocess.run([*SELF_SIGNED, *names, *files], check=True, capture_output=True)
+    self_signed(tmp_path, "localhost", "127.0.0.1")
     listening, dns = free_port(), free_port()
     settings = {
         "listenAddress": f"127.0.0.1:{listening}",
         "managementListenAddress": f"127.0.0.1:{free_port()}",
-        "certificate": str(tmp_path / "cert.pem"),
+        "certificate": str(tmp_path / "certificate.pem"),
         "privateKey": str(tmp_path / "key.pem"),
         "httpPort": PORT,
         "tlsPort": 1,
     }
     (tmp_path / "pebble.json").write_text(json.dumps({"pebble": settings}))
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "certificate.pem"))
     every_name_is_here = ["pebble-challtestsrv", "-dns01", f"127.0.0.1:{dns}", "-defaultIPv6", ""]
     every_name_is_here += [word for kind in ("http01", "https01", "tlsalpn01") for word in (f"-{kind}", "")]
     every_name_is_here += ["-management", f"127.0.0.1:{free_port()}"]
@@ -119,8 +117,7 @@ def test_a_certificate_is_issued_served_renewed_and_forgotten(gateway, authority
     fleet["tls"]["plain_ports"] = [PORT]  # not 80, where others may listen on this machine
     directory = Path(f"{gateway.folder}{fleet['acme_directory']}")
     (directory / "tls").mkdir(parents=True)
-    stand_in = ["-keyout", str(directory / "tls/key.pem"), "-out", str(directory / "tls/certificate.pem")]
-    subprocess.run([*SELF_SIGNED, *stand_in], check=True, capture_output=True)
+    self_signed(directory / "tls", "localhost")  # stands in
     gateway.write(fleet)
     gateway.start()
     try:
