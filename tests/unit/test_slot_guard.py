@@ -45,6 +45,8 @@ class Request:
         self.sent = []
         self.stuck = None
         """Set to an event, it holds every send, as a client does who does not read."""
+        self.refused_status = None
+        """An answer's head with this status is not taken."""
         self._events = asyncio.Queue()
         self._events.put_nowait({"type": "http.request"} if kind == "http" else {"type": "websocket.connect"})
         scope = {"type": kind, "method": method, "path": path, "headers": list(headers), "client": client}
@@ -53,6 +55,8 @@ class Request:
     async def _send(self, message):
         if self.stuck:
             await self.stuck.wait()
+        if message["type"] == "http.response.start" and message["status"] == self.refused_status:
+            raise ValueError(f"status {message['status']}")
         self.sent.append(message)
 
     async def hang_up(self):
@@ -232,6 +236,63 @@ def test_an_app_blocked_in_a_send_goes_on_when_its_client_leaves():
             await asyncio.wait_for(ended.wait(), 5)
             await settle()
             assert (guard.slots.in_flight, guard.requests["served"], request.sent) == (0, 1, [])
+
+    asyncio.run(play())
+
+
+def test_an_answer_takes_two_turns_of_the_event_loop():
+    """One for the app and one for the server's send: a slow host pays each of them many times over."""
+
+    async def play():
+        async def app(scope, receive, send):
+            await receive()
+            await answer_ok(send)
+
+        async with running(make_guard(app)) as guard:
+            request = Request(guard)
+            await asyncio.sleep(0)  # the server calls the guard
+            for _ in range(2):
+                assert request.sent == []
+                await asyncio.sleep(0)
+            assert [message["type"] for message in request.sent] == ["http.response.start", "http.response.body"]
+            await request.answer()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_a_head_that_the_server_does_not_take_fails_the_next_send_and_is_not_followed(handled):
+    async def play():
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 99, "headers": []})
+            try:
+                await send({"type": "http.response.body", "body": b"not to be sent"})
+            except ValueError:
+                if not handled:
+                    raise
+                await answer_ok(send)
+
+        async with running(make_guard(app)) as guard:
+            request = Request(guard)
+            request.refused_status = 99
+            (error,) = await asyncio.gather(request.server, return_exceptions=True)
+            assert isinstance(error, ValueError) is not handled
+            assert [message.get("status") for message in request.sent] == ([200, None] if handled else [])
+
+    run_quietly(play())
+
+
+def test_a_head_that_the_server_does_not_take_and_nothing_follows_fails_the_request():
+    async def play():
+        async def app(scope, receive, send):
+            await send({"type": "http.response.start", "status": 99, "headers": []})
+
+        async with running(make_guard(app)) as guard:
+            request = Request(guard)
+            request.refused_status = 99
+            with pytest.raises(ValueError, match="99"):
+                await request.server
+            assert (guard.slots.in_flight, guard.requests["failed"]) == (0, 1)
 
     asyncio.run(play())
 

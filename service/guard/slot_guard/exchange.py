@@ -32,8 +32,9 @@ class Exchange:
             self._disconnect["code"] = 1006
         self._server_receive = receive
         self._server_send = send
-        self._outbox: asyncio.Queue[tuple[Message, asyncio.Future[None]] | None] = asyncio.Queue()
-        self._receiving: asyncio.Future[Message] | None = None
+        self._outbox: asyncio.Queue[tuple[Message, asyncio.Future[None] | None] | None] = asyncio.Queue()
+        # The first message is asked for before the app is called: it mostly is here already, and costs the app no wait.
+        self._receiving: asyncio.Future[Message] | None = asyncio.ensure_future(receive())
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -43,22 +44,28 @@ class Exchange:
 
     async def forward(self) -> None:
         """Send for the app until `end`; in the server's task."""
+        fault: Exception | None = None  # also that of a head, until a send waits that can be told
         try:
             while (item := await self._outbox.get()) is not None:
                 message, settled = item
                 try:
-                    await self._server_send(message)
+                    if fault is None:
+                        await self._server_send(message)
                 except Exception as error:
-                    _settle(settled, error)
+                    fault = error
                 finally:
-                    _settle(settled)
+                    if settled is not None:
+                        _settle(settled, fault)
+                        fault = None
         except asyncio.CancelledError:
             self._gone.set_result(None)
             self.cut = self.cut or not self.answered
             while not self._outbox.empty():
-                if (item := self._outbox.get_nowait()) is not None:
+                if (item := self._outbox.get_nowait()) is not None and item[1] is not None:
                     _settle(item[1])
             raise
+        if fault is not None:
+            raise fault
 
     def end(self) -> None:
         """The app has returned: let `forward` return too, and drop a receive that nobody waits for."""
@@ -76,7 +83,7 @@ class Exchange:
         receiving = self._receiving
         if not (receiving.done() or self._gone.done()):
             await asyncio.wait((receiving, self._gone), return_when=asyncio.FIRST_COMPLETED)
-        if not receiving.done():
+        if self._gone.done():
             self.told = True
             return dict(self._disconnect)
         self._receiving = None
@@ -91,6 +98,9 @@ class Exchange:
 
         They are not refused: an exception in mid-stream would end the app's call while threads of its model work on.
         An app that can stop early learns of the disconnect by `receive`.
+
+        The head is not waited for, so that what follows at once is sent in the same turn of the event loop. Where the
+        server does not take it, the next send raises.
         """
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -100,6 +110,9 @@ class Exchange:
             self.missing -= len(message.get("body", b""))
             self.answered = self.answered or not message.get("more_body")
         if self._gone.done():
+            return
+        if message["type"] == "http.response.start":
+            self._outbox.put_nowait((message, None))
             return
         settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outbox.put_nowait((message, settled))
