@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, cycle
 
 from bench.gateway.fleet import NETWORK, ROUTE
 
@@ -42,13 +42,14 @@ class Answer:
 class Probe:
     """One client that asks one request after the other over plain blocking sockets: what it adds itself is least."""
 
-    def __init__(self, address: str, port: int) -> None:
-        """Ask this address and port."""
-        self._place = (address, port)
-        self._connection: socket.socket | None = None
+    def __init__(self, *places: tuple[str, int], keep: bool = True) -> None:
+        """Ask these addresses and ports in turn, over a connection to each that is kept or a new one each time."""
+        self._places = cycle(places)
+        self._keep = keep
+        self._connections: dict[tuple[str, int], socket.socket] = {}
 
     def whole(self, path: str) -> float:
-        """Seconds from sending a request to its whole answer, over a connection that is kept."""
+        """Seconds from sending a request, or from connecting for it, to its whole answer."""
         began = time.perf_counter()
         status, _ = self._ask(path)
         seconds = time.perf_counter() - began
@@ -73,20 +74,22 @@ class Probe:
         return seconds
 
     def close(self) -> None:
-        """Close the connection."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Close the connections."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
 
     def _ask(self, path: str) -> tuple[int, float]:
         """Return the status, and when the body's first byte was here."""
-        if self._connection is None:
-            self._connection = socket.create_connection(self._place, timeout=ATTEMPT_SECONDS)
-            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection.sendall(request(path, keep=True))
+        place = next(self._places)
+        if place not in self._connections:
+            self._connections[place] = socket.create_connection(place, timeout=ATTEMPT_SECONDS)
+            self._connections[place].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = self._connections[place]
+        connection.sendall(request(path, keep=self._keep))
         received, first = b"", 0.0
         while True:
-            piece = self._connection.recv(65536)
+            piece = connection.recv(65536)
             if not piece:
                 raise ConnectionError(f"cut after {received[-200:]!r}")
             received += piece
@@ -95,7 +98,7 @@ class Probe:
                 first = time.perf_counter()
             if blank and _complete(head.lower(), body):
                 if b"connection: close" in head.lower():
-                    self.close()
+                    self._connections.pop(place).close()
                 return int(head[9:12]), first
 
 

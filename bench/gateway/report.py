@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.gateway.contenders import GPUFLEET, GPUFLEET_QUEUE
+from bench.gateway.scenarios import GUARDED, KEPT, NEW
 from bench.report import Goal, Unit, origin, table
 from bench.stats import Sample
 
@@ -43,7 +44,7 @@ UNITS = {
 }
 TEXTS = {
     "latency": "One client, one tiny request at a time over a kept connection, all in turn. `direct, again` shows the "
-    "noise: it is the same as `direct`.",
+    "noise: it is the same as `direct`, one GPU. `GPUs` are all six in turn, as behind a gateway, but without one.",
     "refusal": "All slots are held, and HAProxy's queue is full. A new connection for each request.",
     "overload": "1.5 times as many users as can be served come at random; one who is refused gives up after 5 s. Work "
     "of 0.4 to 0.6 s. Time of refusals includes a load generator that shares the two cores.",
@@ -84,6 +85,8 @@ def document(machine: Mapping[str, Any], results: Results, charts: list[str]) ->
                 parts += [f"{instances} instances:", _table(by_contender)]
         else:
             parts.append(_table(figures))
+        if scenario == "latency":
+            parts.append(_where_time_goes(figures))
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,6 +97,21 @@ def _table(figures: Mapping[str, Mapping[str, list[float]]]) -> str:
         for name, seen in figures.items()
     ]
     return table(["", *(UNITS[measure].heading for measure in measures)], rows)
+
+
+def _where_time_goes(figures: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Why gpufleet takes longer than one tier of nginx, from what was measured on the way."""
+    at = {name: 1e3 * _median(seen["whole_p50"]) for name, seen in figures.items()}
+    return (
+        f"Where the {at[US] - at[ONE_TIER]:.2f} ms go that gpufleet takes longer than one-tier nginx: "
+        f"{at[NEW] - at[KEPT]:.2f} ms are a connection of its own for each inference, most of it Python's work on the "
+        f"GPU host; {at[GUARDED] - at[NEW]:.2f} ms are the slot guard; and {at[US] - at[GUARDED]:.2f} ms are two tiers "
+        f"of nginx that connect anew, where one that does not takes {at[ONE_TIER] - at[KEPT]:.2f} ms. "
+        "Each is the price of a promise. A kept connection to a host that has lost its power would hold a request for "
+        "its whole time limit, and one that its other end closes just then would fail a request that never started. "
+        "The inner tier counts exactly through reloads, and the guard holds a slot until the work is over. With these, "
+        "1.3 times one-tier nginx is out of reach."
+    )
 
 
 def _median(rounds: list[float]) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gateway.clients import BEHAVIOURS, REFUSALS, Crowd, Probe, as_told
-from bench.gateway.contenders import CONTENDERS, Gateway, free_port
+from bench.gateway.contenders import CONTENDERS, GPUFLEET, Gateway, free_port
 from bench.gateway.fleet import ROUTE, Templates, fleet
 from bench.gateway.gpus import Gpus
 from bench.gateway.software import Software
@@ -27,6 +27,9 @@ WORK = (0.4, 0.6)
 """Seconds that an inference takes in the scenarios of load: scaled down, so that slots change hands often."""
 OVERLOAD = 1.5
 """Users that come, as a share of those that can be served."""
+
+KEPT, NEW, GUARDED = "GPUs, kept connections", "GPUs, new connections", "guarded GPUs, new connections"
+"""Asked without a gateway, all GPUs in turn: how one-tier nginx asks them, and on the way to how gpufleet does."""
 
 Figures = dict[str, Any]
 """By contender by measure the rounds' values."""
@@ -137,14 +140,19 @@ def latency(arena: Arena, extent: Extent) -> Figures:
     `direct, again` is asked like the others; what it differs from `direct` by is noise.
     """
     rng = random.Random(1)
-    instance = arena.bare.instances[0]
-    places = {
-        "direct": (instance["address"], instance["port"]),
-        "direct, again": (instance["address"], instance["port"]),
-        **{gateway.contender.name: ("127.0.0.1", gateway.port) for gateway in arena.gateways},
-    }
-    probes = [(name, Probe(*place)) for name, place in places.items()]
-    seen: Figures = {name: {} for name in places}
+    bare, guarded = (
+        [(instance["address"], instance["port"]) for instance in gpus.instances]
+        for gpus in (arena.bare, arena._gpus[GPUFLEET.name])
+    )
+    probes = [
+        ("direct", Probe(bare[0])),
+        ("direct, again", Probe(bare[0])),
+        (KEPT, Probe(*bare)),
+        (NEW, Probe(*bare, keep=False)),
+        (GUARDED, Probe(*guarded, keep=False)),
+        *((gateway.contender.name, Probe(("127.0.0.1", gateway.port))) for gateway in arena.gateways),
+    ]
+    seen: Figures = {name: {} for name, _ in probes}
     for measure, path, number in (
         ("whole", "generate", extent.requests),
         ("first_byte", "generate?pieces=2&seconds=0.004", extent.streams),
@@ -181,7 +189,7 @@ async def _while_held(arena: Arena, seconds: float) -> dict[str, list[float]]:
 
 
 def _refusals(arena: Arena, end: float) -> dict[str, list[float]]:
-    probes = [(gateway.contender.name, Probe("127.0.0.1", gateway.port)) for gateway in arena.gateways]
+    probes = [(gateway.contender.name, Probe(("127.0.0.1", gateway.port))) for gateway in arena.gateways]
     seen: dict[str, list[float]] = {name: [] for name, _ in probes}
     rng = random.Random(1)
     while time.monotonic() < end:
@@ -302,7 +310,7 @@ def size(arena: Arena, extent: Extent) -> Figures:
             with _serving(Gateway(contender, wide, folder, arena.software), arena) as gateway:
                 for _ in range(extent.rounds):
                     _note(figures[str(instances)], contender.name, check=gateway.check(), reload=gateway.reload())
-                probe = Probe("127.0.0.1", gateway.port)
+                probe = Probe(("127.0.0.1", gateway.port))
                 whole = [probe.whole("generate") for _ in range(extent.size_requests)]
                 probe.close()
                 _note(

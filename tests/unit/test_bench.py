@@ -10,7 +10,7 @@ import pytest
 from bench.gateway.clients import Answer, Crowd, Probe, as_told, naive
 from bench.gateway.contenders import CONTENDERS, GPUFLEET
 from bench.gateway.report import document, goals
-from bench.gateway.scenarios import read_wrk
+from bench.gateway.scenarios import GUARDED, KEPT, NEW, read_wrk
 from bench.report import Unit, table
 from bench.stats import Event, Sample, busy_seconds, jain, most_running, percentile
 
@@ -77,9 +77,16 @@ def results(**changes: float) -> dict[str, dict[str, dict[str, list[float]]]]:
     ours = {measure: [value] * 3 for measure, value in {**seen, **changes}.items()}
     rivals = {measure: [value] for measure, value in {**seen, "whole_p50": 0.0012, "slot_use": 0.98}.items()}
     direct = {"whole_p50": [0.001], "first_byte_p50": [0.001]}
+    parts = {
+        name: {**direct, "whole_p50": [p50]} for name, p50 in ((KEPT, 0.00102), (NEW, 0.00109), (GUARDED, 0.00121))
+    }
     figures = {contender.name: rivals for contender in CONTENDERS} | {GPUFLEET.name: ours}
     same = dict.fromkeys(("refusal", "burst"), figures)
-    return {"latency": {"direct": direct, **figures}, "overload": {"as told": figures, "naive": figures}, **same}
+    return {
+        "latency": {"direct": direct, **parts, **figures},
+        "overload": {"as told": figures, "naive": figures},
+        **same,
+    }
 
 
 @pytest.mark.parametrize(
@@ -100,21 +107,30 @@ def test_a_goal_that_is_missed_is_told(changes: dict[str, float], missed: list[s
     assert all(part in text for part, text in zip(missed, told))
 
 
+MACHINE = {
+    "date": "2026-01-02T03:04+00:00",
+    "cpu": "A CPU",
+    "cores": 2,
+    "memory_gib": 24,
+    "kernel": "6.1",
+    "load_before": 0.1,
+    "minutes": 9.5,
+    "versions": {"nginx": "1.22.1"},
+}
+
+
 def test_the_document_names_date_machine_and_all_contenders() -> None:
-    machine = {
-        "date": "2026-01-02T03:04+00:00",
-        "cpu": "A CPU",
-        "cores": 2,
-        "memory_gib": 24,
-        "kernel": "6.1",
-        "load_before": 0.1,
-        "minutes": 9.5,
-        "versions": {"nginx": "1.22.1"},
-    }
-    text = document(machine, results(most_running=3), ["gateway-load.svg"])
+    text = document(MACHINE, results(most_running=3), ["gateway-load.svg"])
     for part in ("2026-01-02", "2 cores of A CPU", "Linux 6.1", "nginx 1.22.1", "| **no** |", "](gateway-load.svg)"):
         assert part in text
     assert all(f"| {contender.name} |" in text for contender in CONTENDERS)
+
+
+def test_the_document_tells_where_the_time_goes() -> None:
+    text = document(MACHINE, results(), [])
+    assert "Where the 0.05 ms go that gpufleet takes longer than one-tier nginx: 0.07 ms are a connection" in text
+    assert "0.12 ms are the slot guard; and 0.04 ms are two tiers" in text
+    assert "where one that does not takes 0.18 ms" in text
 
 
 class Refuser:
@@ -178,16 +194,28 @@ def test_how_long_clients_wait() -> None:
 def test_the_probe_times_the_first_byte_of_the_body_and_not_its_head() -> None:
     async def scenario() -> None:
         async with Refuser(0) as port:
-            probe = Probe("127.0.0.1", port)
+            probe = Probe(("127.0.0.1", port))
             assert await asyncio.to_thread(probe.first_byte, "x") >= 0.05
             probe.close()
         async with Refuser(1) as port:
-            probe = Probe("127.0.0.1", port)
+            probe = Probe(("127.0.0.1", port))
             began = time.perf_counter()
             seconds = await asyncio.to_thread(probe.refusal, "x")
             assert 0.05 <= seconds <= time.perf_counter() - began
             with pytest.raises(RuntimeError, match="status 200"):
                 await asyncio.to_thread(probe.refusal, "x")
             probe.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_probe_asks_all_places_in_turn_over_new_connections() -> None:
+    async def scenario() -> None:
+        first, second = Refuser(0, "Connection: close\r\n"), Refuser(0, "Connection: close\r\n")
+        async with first as one, second as other:
+            probe = Probe(("127.0.0.1", one), ("127.0.0.1", other), keep=False)
+            for asked in ((1, 0), (1, 1), (2, 1)):
+                await asyncio.to_thread(probe.whole, "x")
+                assert (first.asked, second.asked) == asked
 
     asyncio.run(scenario())
