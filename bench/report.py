@@ -45,7 +45,7 @@ def origin(machine: Mapping[str, Any], target: str) -> str:
     )
 
 
-def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are to the right."""
-    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
+    """A table in Markdown; all columns but the first are to the right, unless they are `words`."""
+    lines = [heading, ["---", *["---" if words else "---:"] * (len(heading) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -74,7 +74,7 @@ class Gateway:
         self._software = software
         self._configuration = folder / contender.rival.removesuffix(".j2") if contender.rival else folder / "nginx.conf"
         self._process: subprocess.Popen[bytes] | None = None
-        for name in ("run/gpufleet-gateway", "run/gpufleet-agent/down", "var/lib/gpufleet-gateway/drain"):
+        for name in ("run/gpufleet-gateway/zones", "run/gpufleet-agent/down", "var/lib/gpufleet-gateway/drain"):
             (folder / name).mkdir(parents=True)
 
     def write(self, templates: Templates) -> None:
@@ -94,11 +94,16 @@ class Gateway:
             )
         else:
             text, self.render_seconds = templates.nginx(self.fleet)
-            for path in ("/run/", "/var/lib/gpufleet-gateway"):
-                text = text.replace(path, f"{self.folder}{path}")
-            text = text.replace("/var/log/nginx", str(self.folder))
-            text = text.replace("http {\n", f"http {{\n    {temporary}\n", 1)
+            text = self.moved(text).replace("http {\n", f"http {{\n    {temporary}\n", 1)
+            for path, content in templates.included(self.fleet).items():
+                Path(self.moved(path)).write_text(content)
         self._configuration.write_text(text)
+
+    def moved(self, text: str) -> str:
+        """The text of a configuration with the paths of a host moved below the folder."""
+        for path in ("/run/", "/var/lib/gpufleet-gateway"):
+            text = text.replace(path, f"{self.folder}{path}")
+        return text.replace("/var/log/nginx", str(self.folder))
 
     @property
     def configuration_bytes(self) -> int:
@@ -119,19 +124,29 @@ class Gateway:
         """Start and wait until it listens and has workers: before these, a signal to reload would end it."""
         foreground = ["-W"] if self.contender.program == "haproxy" else ["-g", "daemon off;"]
         with (self.folder / "output.log").open("w") as output:
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 [*self._call, *foreground], stdout=output, stderr=output, env=self._software.environment
             )
-        while not (self._listens() and len(self.pids) > 1):
-            if self._process.poll() is not None:
+        while not (self._listens() and len(family(process.pid)) > 1):
+            if process.poll() is not None:
                 raise RuntimeError(f"{self.contender.name}: {(self.folder / 'output.log').read_text()[-2000:]}")
             time.sleep(0.01)
 
+    def revive(self) -> None:
+        """Start it again if it has ended by itself, as systemd does."""
+        process = self._process
+        if process is not None and process.poll() is not None and self._process is process:
+            self.start()
+
+    def begin_reload(self) -> None:
+        """Have it take its configuration over again."""
+        self._running.send_signal(signal.SIGUSR2 if self.contender.program == "haproxy" else signal.SIGHUP)
+
     def reload(self) -> float:
-        """Have it take its configuration over again; return the seconds until new workers run in place of the old."""
+        """Likewise; return the seconds until new workers run in place of the old, when these have ended."""
         old = set(self.pids[1:])
         began = time.perf_counter()
-        self._running.send_signal(signal.SIGUSR2 if self.contender.program == "haproxy" else signal.SIGHUP)
+        self.begin_reload()
         while len(set(self.pids[1:]) - old) < len(old):
             self._not_later_than(began, RELOAD_SECONDS)
         seconds = time.perf_counter() - began
@@ -141,13 +156,14 @@ class Gateway:
 
     def stop(self) -> None:
         """End it and wait until it is gone."""
-        if self._process is not None:
-            self._process.terminate()
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
             try:
-                self._process.wait(20)
+                process.wait(20)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                process.kill()
+                process.wait()
 
     def _not_later_than(self, began: float, seconds: float) -> None:
         if time.perf_counter() - began > seconds:

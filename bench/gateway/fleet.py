@@ -27,7 +27,7 @@ NETWORK = f"127.{16 + os.getpid() % 200}"
 def fleet(instances: int, port: int, subnet: int = 0, **fields: Any) -> dict[str, Any]:
     """A fleet of so many GPUs on loopback, two a host; `fields` are its service's."""
     hosts: dict[str, dict[str, Any]] = {
-        f"gpu{number + 1:04}": {
+        f"gpu{number + 1:02}": {
             "gpu_count": GPUS_PER_HOST,
             "ansible_host": f"{NETWORK}.{subnet + number // 250}.{number % 250 + 1}",
         }
@@ -58,11 +58,17 @@ class Templates:
         self._pool.shutdown()
 
     def nginx(self, fleet: dict[str, Any]) -> tuple[str, float]:
-        """The gateway's configuration, with what it includes in it, and the seconds that rendering it took."""
-        text, seconds = self._pool.submit(timed_render, "gateway", "nginx.conf.j2", fleet, {}).result()
-        for path, content in self._pool.submit(files_made, fleet).result().items():
-            text = text.replace(f"include {path};", content)
-        return text, seconds
+        """The gateway's configuration, and the seconds that rendering it took."""
+        return self._pool.submit(timed_render, "gateway", "nginx.conf.j2", fleet, {}).result()
+
+    def included(self, fleet: dict[str, Any]) -> dict[str, str]:
+        """The files that the gateway's configuration includes, by path."""
+        return self._pool.submit(files_made, fleet).result()
+
+    def agent(self, fleet: dict[str, Any]) -> str:
+        """The configuration of the gateway's agent."""
+        text, _ = self._pool.submit(timed_render, "agent", "agent.json.j2", fleet, {}).result()
+        return text
 
     def programs(self, fleet: dict[str, Any], host: str, folder: Path) -> dict[str, Program]:
         """The programs of a host as Supervisor gets them, with their state in `folder`."""
