@@ -75,6 +75,10 @@ molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6
 faults: envs ## One fault after the other on a fleet of its own under load, into docs/faults.md; half an hour
 	@python -m tests.fleet.faults
 
+.PHONY: faults-rivals
+faults-rivals: $(VENV) ## Those that rivals can have too, beside them on loopback, without Docker; 8 minutes
+	@python -m tests.fleet.faults rivals
+
 ##### Benchmarks
 
 .PHONY: bench

@@ -4,7 +4,7 @@ import pytest
 
 from tests.fleet.faults.matrix import Result
 from tests.fleet.faults.reckoning import APPS_OWN, OVERLOAD, Request, Strike, most_in_flight, reckon
-from tests.fleet.faults.report import cells, document, machine, markdown, merged
+from tests.fleet.faults.report import cell, cells, document, machine, markdown, merged, side_by_side
 from tests.fleet.ledger import Event
 
 
@@ -80,7 +80,7 @@ def test_killed_work_counts_as_long_as_it_may_have_run():
 
 
 def result(name="row", **fields):
-    sums = reckon([asked()], fields.pop("events", ran()), [])
+    sums = reckon([asked()], sorted(fields.pop("events", ran())), [])
     whole = {"name": name, "text": "A fault", "sums": sums, "peak": 2, "slots": 2, "unusable": 0, "load": 1.5}
     return Result(**{**whole, "unusable_seconds": 0.0, "recovery_seconds": 1.26, **fields})
 
@@ -109,15 +109,43 @@ def test_slots_that_stay_away_are_told_with_their_time():
 
 
 def test_the_document_has_a_line_for_each_row_and_says_where_it_was_made():
-    text = markdown([result(date="2026-01-02"), result(date="2026-01-01", note="so it was")], machine())
+    text = markdown([result(date="2026-01-02"), result(date="2026-01-01", note="so it was")], machine(), {})
     assert text.count("| A fault |") == 2 and "- A fault: so it was" in text
     assert "2026-01-01 to 2026-01-02" in text and machine()["kernel"] in text
+    assert "Beside rivals" not in text
+
+
+def test_a_contenders_cell_tells_only_what_came_about():
+    assert cell(result()) == "1 served"
+    assert cell(result(peak=3, events=ran() + ran(instance="b"))) == "1 served, **3 in flight**, **1 twice**"
+    assert cell(result(events=[], unusable=2, recovery_seconds=4.04)) == (
+        "0 served, **1 wrong**, 2 slots away until 4.0 s after"
+    )
+    assert cell(result(unusable=12, unusable_seconds=None, recovery_seconds=None)) == (
+        "1 served, **12 slots gone for good**"
+    )
+    assert cell(result(trouble="it broke")) == "1 served, **the row itself failed**"
+    sums = reckon([asked(status=503, error=error) for error in (OVERLOAD, APPS_OWN)], [], [])
+    assert cell(result(sums=sums)) == "0 served, 1 refused, 1 app's own"
+
+
+def test_contenders_stand_side_by_side_with_a_line_for_each_row():
+    beside = {"gpufleet": [result("a"), result("b", text="Another")], "HAProxy": [result("b", text="Another", peak=4)]}
+    assert side_by_side(beside) == [
+        ["A fault", "1 served", ""],
+        ["Another", "1 served", "1 served, **4 in flight**"],
+    ]
+    text = markdown([], machine(), beside)
+    assert "| fault | gpufleet | HAProxy |\n| --- | --- | --- |\n" in text and "## In Docker" not in text
 
 
 def test_rows_that_are_run_anew_take_the_place_of_what_the_table_had():
     here = machine()
-    earlier = document([result("a"), result("b", events=[]), result("gone")], here)
+    rival = result("a", peak=5)
+    earlier = document([result("a"), result("b", events=[]), result("gone")], here, {"HAProxy": [rival]})
     now = [result("b", note="new")]
     assert merged(earlier, now, here, ["b", "a", "c"]) == [*now, result("a")]
     assert merged(earlier, now, {**here, "cores": 999}, ["b", "a", "c"]) == now, "another machine's rows are others"
     assert merged("", now, here, ["b", "a", "c"]) == now
+    assert merged(earlier, now, here, ["b", "a", "c"], "HAProxy") == [*now, rival]
+    assert merged(earlier, now, here, ["b", "a", "c"], "one that is new") == now

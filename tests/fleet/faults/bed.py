@@ -1,13 +1,15 @@
-"""The fleet under test: its hosts, its clients, its ledgers, and the question whether all of its slots can be used."""
+"""The fleet in Docker under test, and what can be broken on its hosts."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +20,31 @@ from testbed.engine import Engine, this_machine
 from testbed.fleet import describe
 from testbed.shell import provide, run
 
-from ..background import Background
-from ..ledger import SMOKE, Event, parse
 from ..load import addresses_of_clients
 from ..operations import Inventory, Operator, Page, wait_until
-from .clients import POLITE, Clients, Manners
-from .reckoning import Request, Strike
+from .stage import GARBAGE, Stage
 
 INVENTORY = Path(__file__).with_name("inventory")
 CACHE = PROJECT / ".cache" / "faults"
 FAULTY = Path(__file__).with_name("service") / "faulty.py"
 CLOCK = Path(__file__).with_name("service") / "stepped_clock.c"
 GATEWAY = "gw"
-PROBE_SECONDS = 40
 
 
-class Fleet:
-    """One gateway and three GPU hosts with two cards each, rolled out and asked by clients."""
+class Fleet(Stage):
+    """A fleet on hosts in Docker, rolled out as an operator does."""
 
     def __init__(self, addresses: list[str]) -> None:
         """The fleet is up; `addresses` are those that clients may use."""
-        description = describe(INVENTORY)
-        self.fleet = description.fleet
-        (self.service,) = self.fleet["services"].values()
-        self.capacity: int = self.fleet["capacity"]
-        self.slots = {one["id"]: one["slots"] for one in self.fleet["instances"]}
-        self.addresses = addresses
+        fleet = describe(INVENTORY).fleet
+        self.page = Page(fleet["gateways"][0]["url"])
+        super().__init__(fleet, self.page.url, addresses)
         self.engine: Engine = this_machine()
-        self.page = Page(self.fleet["gateways"][0]["url"])
-        self.url = f"{self.page.url}{self.service['route']}audio-generate"
         inventory = Inventory(INVENTORY, CACHE / "a" / "inventory", "group_vars/all/faults.yml")
         self.operator = Operator(inventory)
         bed = hosts.read_inventory(INVENTORY)
         self.containers = {host.name: bed.container(host) for host in bed.hosts}
         self.begin()
-
-    def begin(self) -> None:
-        """Forget what the row before did."""
-        self.strikes: list[Strike] = []
-        self.clients_of_row: list[Clients] = []
-        self.cause_gone = time.monotonic()
-        self.note = ""
-        self._before = set(self._lines())
 
     # What a row does
 
@@ -67,67 +52,52 @@ class Fleet:
         """Run a command as root on a host, not by way of its network; return what it printed."""
         return self.engine.docker("exec", self.containers[host], "bash", "-c", command).strip()
 
-    def instance(self, host: str, gpu: int) -> dict[str, Any]:
-        """The instance of a card."""
-        (found,) = [one for one in self.fleet["instances"] if (one["host"], one["gpu"]) == (host, gpu)]
-        return dict(found)
+    def broken_by(self, host: str, break_it: str, mend: str) -> AbstractContextManager[None]:
+        """Have something broken for the length of a block, by commands on a host."""
+        return self.broken(partial(self.sh, host, break_it), partial(self.sh, host, mend))
 
-    def instances(self, host: str) -> list[str]:
-        """Ids of a host's instances."""
-        return [one["id"] for one in self.fleet["instances"] if one["host"] == host]
+    def away(self, host: str, leave: str, come_back: str) -> AbstractContextManager[None]:
+        """Have a host be away for the length of a block, by docker's verbs."""
+        docker, container = self.engine.docker, self.containers[host]
+        return self.broken(partial(docker, leave, container), partial(docker, come_back, container))
 
-    def clients(self, count: int, manners: Manners = POLITE, *, once: bool = False, first: int = 0) -> Clients:
-        """So many clients, each at an address of its own as long as there are some."""
-        addresses = [self.addresses[(first + number) % len(self.addresses)] for number in range(count)]
-        clients = Clients(self.url, addresses, manners, once)
-        self.clients_of_row.append(clients)
-        return clients
+    def frozen(self, host: str) -> AbstractContextManager[None]:
+        return self.away(host, "pause", "unpause")
 
-    @contextmanager
-    def load(self, count: int = 0, seconds_before: float = 2.0, seconds_after: float = 2.0) -> Iterator[None]:
-        """Clients for all slots, or `count`, that ask before, during and after the block."""
-        with self.clients(count or self.capacity):
-            time.sleep(seconds_before)
-            yield
-            time.sleep(seconds_after)
-
-    @contextmanager
-    def strike(self, *instances: str) -> Iterator[None]:
-        """The block hits processes that work, of these instances or, without any, of the gateway."""
-        began = time.monotonic()
-        yield
-        self.strikes.append(Strike(began, time.monotonic(), frozenset(instances)))
-        self.cause_gone = time.monotonic()
-
-    def cause_is_gone(self) -> None:
-        """From now on the fleet has to recover: the row has taken its fault away."""
-        self.cause_gone = time.monotonic()
-
-    @contextmanager
-    def broken(self, host: str, break_it: str, mend: str, *, outside: bool = False) -> Iterator[None]:
-        """Have something broken for the length of a block, by commands on a host or, `outside`, by docker's verbs."""
-
-        def do(command: str) -> None:
-            if outside:
-                self.engine.docker(command, self.containers[host])
-            else:
-                self.sh(host, command)
-
-        do(break_it)
-        try:
-            yield
-        finally:
-            do(mend)
-            self.cause_is_gone()
-
-    def wait_until_out(self, *instances: str, seconds: float = 10) -> None:
-        """Return once the page says of all of these that they get no request."""
-        wait_until(lambda: "ready" not in {self.states().get(name, "ready") for name in instances}, seconds)
+    def wait_until_out(self, *instances: str) -> None:
+        """Return once the page says so."""
+        wait_until(lambda: "ready" not in {self.states().get(name, "ready") for name in instances}, 10)
 
     def sick(self, host: str, gpu: int, fault: str) -> AbstractContextManager[None]:
-        """Have a card's app fail in a way for the length of a block."""
         file = f"{self.service['environment']['SIMULATED_FAULTS']}/{self.instance(host, gpu)['device']}"
-        return self.broken(host, f"mkdir -p $(dirname {file}) && echo {fault} >{file}", f"rm -f {file}")
+        return self.broken_by(host, f"mkdir -p $(dirname {file}) && echo {fault} >{file}", f"rm -f {file}")
+
+    def garbled(self, host: str, gpu: int) -> AbstractContextManager[None]:
+        target = self.instance(host, gpu)
+        server = f'python3 -c "{GARBAGE.format(address="", port=target["port"])}"'
+        return self.broken_by(
+            host,
+            f"supervisorctl stop {target['program']}; {server} >/dev/null 2>&1 & echo $! >/run/garbage.pid",
+            f"kill $(cat /run/garbage.pid); supervisorctl start {target['program']}",
+        )
+
+    def reload_gateway(self) -> None:
+        self.sh(GATEWAY, "systemctl reload nginx")
+
+    def kill_gateway_workers(self, chosen: str = "") -> None:
+        """Kill them, and wait until the gateway counts anew: until then their slots are lost."""
+        zones = "cat /run/gpufleet-gateway/zones/*.conf"
+        before = self.sh(GATEWAY, zones)
+        with self.strike():
+            self.sh(GATEWAY, f"kill -9 $(pgrep --parent $(cat /run/nginx.pid) {chosen})")
+        wait_until(lambda: self.sh(GATEWAY, zones) != before, 10)
+        self.note = f"the gateway counted anew {time.monotonic() - self.cause_gone:.1f} s after"
+
+    def kill_worker(self, instance: dict[str, Any]) -> None:
+        self.sh(instance["host"], f"kill -9 $(pgrep --parent $(supervisorctl pid {instance['program']}))")
+
+    def kill_master(self, instance: dict[str, Any]) -> None:
+        self.sh(instance["host"], f"kill -9 $(supervisorctl pid {instance['program']})")
 
     @contextmanager
     def programs_edited(self, host: str, edit: str, file: str = "gpufleet.conf") -> Iterator[None]:
@@ -190,24 +160,14 @@ class Fleet:
 
     # What is asked after a row
 
-    def requests(self) -> list[Request]:
-        """All that clients sent in this row."""
-        return [request for clients in self.clients_of_row for request in clients.requests]
-
-    def events(self) -> list[Event]:
-        """All that ran on cards in this row for clients."""
-        events = parse(line for line in self._lines() if line not in self._before and line.endswith("}"))
-        return [event for event in events if event.request != SMOKE]
-
     def states(self) -> dict[str, str]:
-        """State by instance; empty while the page cannot be read."""
+        """Likewise: the page cannot always be read."""
         try:
             return self.page.states()
         except (httpx.HTTPError, ValueError):
             return {}
 
     def idle_and_ready(self) -> bool:
-        """Whether the page says that all slots are there and free."""
         try:
             document = self.page.read()
         except (httpx.HTTPError, ValueError):
@@ -215,36 +175,17 @@ class Fleet:
         totals = document.get("totals", {})
         return document["status"] == "healthy" and totals["in_flight"] == 0 and totals["ready"] == len(self.slots)
 
-    def probe(self) -> int:
-        """Ask for every slot at once; return how many answered."""
-        clients = self.clients(self.capacity, once=True)
-        with clients:
-            pass
-        return sum(request.status == 200 for request in clients.requests)
+    def restart(self) -> None:
+        print("(nginx is restarted, and the fleet rolled out) ", end="", file=sys.stderr, flush=True)
+        self.sh(GATEWAY, "systemctl restart nginx")
+        self.operator.inventory.restore()
+        self.operator.play("site")
 
-    def _lines(self) -> list[str]:
-        ledger = self.service["environment"]["TTS_LEDGER"]
+    def ledger(self) -> list[str]:
+        file = self.service["environment"]["TTS_LEDGER"]
         with ThreadPoolExecutor() as pool:
-            texts = pool.map(lambda host: self.sh(host, f"cat {ledger} 2>/dev/null || true"), self.fleet["hosts"])
+            texts = pool.map(lambda host: self.sh(host, f"cat {file} 2>/dev/null || true"), self.fleet["hosts"])
             return [line for text in texts for line in text.splitlines()]
-
-
-class Watch(Background):
-    """Since when the page has said without a break that all instances are ready, for the length of a `with` block."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        """Look at the fleet's page."""
-        super().__init__()
-        self.ready_since: float | None = None
-        self._fleet = fleet
-
-    def work(self) -> None:
-        while not self.ending.wait(0.2):
-            states = self._fleet.states()
-            if not states or set(states.values()) != {"ready"}:
-                self.ready_since = None
-            elif self.ready_since is None:
-                self.ready_since = time.monotonic()
 
 
 @contextmanager

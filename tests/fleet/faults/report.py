@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from bench.report import table
 
 from .matrix import Result
 from .reckoning import Reckoning
@@ -33,7 +35,11 @@ HEADINGS = (
 START = """\
 # Faults
 
-Written by `make faults`: {where}.
+Written by `make faults`.
+
+## In Docker
+
+{where}.
 
 One gateway and three GPU hosts with two simulated cards each run as containers on that one machine. An inference takes
 1 s and a model loads in 2 s, so that a recovery is nearly all gpufleet's own time, or the machine's. Every request is
@@ -52,6 +58,27 @@ LEGEND = """\
 - *recovery*: from when the fault was taken away (or, where nobody does that, had struck) until all slots were ready and
   could be used at once."""
 
+BESIDE = """\
+## Beside rivals
+
+{where}.
+`make faults-rivals` runs this part alone, in 7 minutes.
+
+The article's own configuration (made loadable), a plain one-tier nginx and HAProxy are in
+[bench/gateway/rivals](../bench/gateway/rivals). Each of them, and gpufleet, has a gateway and six simulated GPUs of two
+slots on loopback, two contenders at a time; app, clients, faults and reckoning are those of above. gpufleet has its
+guards, its agent and what renews its counts; the rivals have the app alone. Whatever ends is started again for all of
+them, as Supervisor and systemd do. Hosts that are unreachable or lose their power are not here, because loopback can
+do neither honestly; nor is what only gpufleet has, an agent or a roll-out."""
+
+BESIDE_LEGEND = """\
+- **Bold** is what should not be: more *in flight* on one GPU than its two slots; *lost*, *twice* and *wrong* as above;
+  slots that are gone *for good*: not back 40 s later, but only when the gateway was restarted.
+- *slots away*: could not be used when all were tried at once, 1.5 s after the row, and until when after the fault.
+- HAProxy's queue lets twelve requests wait, for 5 s at most: of an overload it serves more, later.
+- Whatever the article's configuration and the one-tier nginx get no answer to, they call an overload: *refused* where
+  nothing ran, else *wrong*."""
+
 
 def machine() -> dict[str, Any]:
     """What a run is made on."""
@@ -63,10 +90,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def merged(earlier: str, results: Iterable[Result], about: dict[str, Any], names: Iterable[str]) -> list[Result]:
-    """Rows of these names in their order: those of now, and of an earlier JSON of the same machine the others."""
-    known = json.loads(earlier) if earlier else {"machine": about, "rows": []}
-    rows = known["rows"] if known["machine"] == about else []
+def merged(
+    earlier: str, results: Iterable[Result], about: dict[str, Any], names: Iterable[str], contender: str = ""
+) -> list[Result]:
+    """Rows of these names in their order: those of now, and of an earlier JSON of the same machine the others.
+
+    They are those in Docker, or a contender's beside its rivals.
+    """
+    known = json.loads(earlier) if earlier else {}
+    kept = known if known.get("machine") == about else {}
+    rows = kept.get("beside", {}).get(contender, []) if contender else kept.get("rows", [])
     found = {row["name"]: _result(row) for row in rows} | {result.name: result for result in results}
     return [found[name] for name in names if name in found]
 
@@ -91,21 +124,59 @@ def cells(result: Result) -> list[str]:
     return [result.text, *map(str, (*counts, *bad)), unusable, recovery]
 
 
-def markdown(results: Sequence[Result], about: dict[str, Any]) -> str:
+def side_by_side(beside: Mapping[str, Sequence[Result]]) -> list[list[str]]:
+    """The lines of the table beside rivals: a column for each contender."""
+    texts = {result.name: result.text for results in beside.values() for result in results}
+    seen = {name: {result.name: cell(result) for result in results} for name, results in beside.items()}
+    return [[text, *(seen[contender].get(name, "") for contender in beside)] for name, text in texts.items()]
+
+
+def cell(result: Result) -> str:
+    """What came of a contender's requests, as far as there is anything to tell."""
+    sums = result.sums
+    counts = {"refused": sums.refused, "app's own": sums.failed_by_app, "died with it": sums.died_with_it}
+    bad = {"lost": sums.lost, "twice": sums.twice, "wrong": sums.wrong}
+    told = [f"{sums.served} served", *(f"{count} {what}" for what, count in counts.items() if count)]
+    told += [f"**{result.peak} in flight**"] if result.peak > result.slots else []
+    told += [f"**{len(names)} {what}**" for what, names in bad.items() if names]
+    if result.trouble:
+        told.append("**the row itself failed**")
+    elif result.recovery_seconds is None:
+        told.append(f"**{result.unusable} slots gone for good**")
+    elif result.unusable:
+        told.append(f"{result.unusable} slots away until {result.recovery_seconds:.1f} s after")
+    return ", ".join(told)
+
+
+def markdown(results: Sequence[Result], about: dict[str, Any], beside: Mapping[str, Sequence[Result]]) -> str:
     """The document."""
-    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *(cells(result) for result in results)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = "".join(f"- {result.text}: {result.note}\n" for result in results if result.note)
-    dates = sorted({result.date for result in results})
+    parts = []
+    if results:
+        notes = "\n".join(f"- {result.text}: {result.note}" for result in results if result.note)
+        start = START.format(where=where(results, about))
+        parts += [start, table(HEADINGS, map(cells, results)), LEGEND, *filter(None, [notes])]
+    if ran := [result for rows in beside.values() for result in rows]:
+        lines = table(["fault", *beside], side_by_side(beside), words=True)
+        parts += [BESIDE.format(where=where(ran, about)), lines, BESIDE_LEGEND]
+    return "\n\n".join(parts) + "\n"
+
+
+def where(results: Sequence[Result], about: dict[str, Any]) -> str:
+    """When, and on what, rows were run."""
+    dates = sorted(result.date for result in results)
     loads = sorted(result.load for result in results if result.load is not None)
-    where = (
+    return (
         f"{dates[0]} to {dates[-1]}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']},\n"
         f"whose load average before a row was {loads[0]} to {loads[-1]}, nearly all of it by others"
     )
-    return f"{START.format(where=where)}\n{table}\n\n{LEGEND}\n" + (f"\n{notes}" if notes else "")
 
 
-def document(results: Sequence[Result], about: dict[str, Any]) -> str:
+def document(results: Sequence[Result], about: dict[str, Any], beside: Mapping[str, Sequence[Result]]) -> str:
     """The same and every request behind a sum that should be zero, as JSON."""
-    rows = [{**asdict(result), "ok": not result.faults} for result in results]
-    return json.dumps({"machine": about, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
+    shown = {contender: _rows(rows) for contender, rows in beside.items()}
+    whole = {"machine": about, "rows": _rows(results), "beside": shown}
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+def _rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    return [{**asdict(result), "ok": not result.faults} for result in results]

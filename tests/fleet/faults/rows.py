@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 
 from ..operations import wait_until
 from .bed import GATEWAY, Fleet
 from .clients import Clients, Manners
 from .matrix import row
 from .reckoning import Strike
+from .stage import Stage
 
 LEAVES = {"before": 0.01, "during": 0.5, "after": 0.98}
 """Seconds after which a client leaves: before, during and as good as after an inference of one second."""
@@ -18,16 +19,16 @@ LEAVES = {"before": 0.01, "during": 0.5, "after": 0.98}
 # Clients
 
 
-@row("Eight times as many requests as slots, at once, three times")
-def overload(fleet: Fleet) -> None:
+@row("Eight times as many requests as slots, at once, three times", beside=True)
+def overload(fleet: Stage) -> None:
     for _ in range(3):
         with fleet.clients(8 * fleet.capacity, once=True):
             pass
     fleet.cause_is_gone()
 
 
-@row("Clients hang up before, during and just after the inference, one-shot and streamed")
-def hang_ups(fleet: Fleet) -> None:
+@row("Clients hang up before, during and just after the inference, one-shot and streamed", beside=True)
+def hang_ups(fleet: Stage) -> None:
     with ExitStack() as stack, fleet.load(4, seconds_before=0, seconds_after=0):
         for number, (stream, seconds) in enumerate((s, t) for s in (False, True) for t in LEAVES.values()):
             stack.enter_context(fleet.clients(2, Manners(stream=stream, leaves_after=seconds), first=4 + 2 * number))
@@ -35,16 +36,16 @@ def hang_ups(fleet: Fleet) -> None:
     fleet.cause_is_gone()
 
 
-@row("Clients take 5 s to read 20 MB each")
-def slow_readers(fleet: Fleet) -> None:
+@row("Clients take 5 s to read 20 MB each", beside=True)
+def slow_readers(fleet: Stage) -> None:
     slow = Manners(answer_megabytes=20, read_seconds=5)
     with fleet.load(4, seconds_before=0), fleet.clients(6, slow, first=4):
         time.sleep(8)
     fleet.cause_is_gone()
 
 
-@row("Clients take 6 s to upload 100 MB each; others hang up in mid-upload")
-def slow_uploads(fleet: Fleet) -> None:
+@row("Clients take 6 s to upload 100 MB each; others hang up in mid-upload", beside=True)
+def slow_uploads(fleet: Stage) -> None:
     upload = Manners(upload_megabytes=100, upload_seconds=6)
     with (
         fleet.load(6, seconds_before=0),
@@ -58,43 +59,33 @@ def slow_uploads(fleet: Fleet) -> None:
 # The gateway
 
 
-@row("nginx is reloaded every 0.5 s")
-def reload_storm(fleet: Fleet) -> None:
+@row("The gateway is reloaded every 0.5 s", beside=True)
+def reload_storm(fleet: Stage) -> None:
     with fleet.load():
         for _ in range(20):
-            fleet.sh(GATEWAY, "systemctl reload nginx")
+            fleet.reload_gateway()
             time.sleep(0.5)
     fleet.cause_is_gone()
 
 
-@row("kill -9 of one nginx worker")
+@row("kill -9 of one of the gateway's workers")
 def nginx_worker_killed(fleet: Fleet) -> None:
     with fleet.load():
-        kill_nginx_workers(fleet, "| head -1")
+        fleet.kill_gateway_workers("| head -1")
 
 
-@row("kill -9 of all nginx workers")
-def nginx_workers_killed(fleet: Fleet) -> None:
+@row("kill -9 of all of the gateway's workers", beside=True)
+def nginx_workers_killed(fleet: Stage) -> None:
     with fleet.load():
-        kill_nginx_workers(fleet)
+        fleet.kill_gateway_workers()
 
 
-@row("kill -9 of all nginx workers, three times within some seconds")
+@row("kill -9 of all of the gateway's workers, three times within some seconds")
 def nginx_workers_killed_again(fleet: Fleet) -> None:
     with fleet.load():
         for _ in range(3):
-            kill_nginx_workers(fleet)
+            fleet.kill_gateway_workers()
             time.sleep(1)
-
-
-def kill_nginx_workers(fleet: Fleet, chosen: str = "") -> None:
-    """Kill workers, and wait until the gateway counts anew: until then their slots are lost."""
-    zones = "cat /run/gpufleet-gateway/zones/*.conf"
-    before = fleet.sh(GATEWAY, zones)
-    with fleet.strike():
-        fleet.sh(GATEWAY, f"kill -9 $(pgrep --parent $(cat /run/nginx.pid) {chosen})")
-    wait_until(lambda: fleet.sh(GATEWAY, zones) != before, 10)
-    fleet.note = f"the gateway counted anew {time.monotonic() - fleet.cause_gone:.1f} s after"
 
 
 @row("kill -9 of the agent")
@@ -121,18 +112,18 @@ def gateway_reboot(fleet: Fleet) -> None:
 # A GPU and its host
 
 
-@row("kill -9 of a GPU's worker process")
-def worker_killed(fleet: Fleet) -> None:
+@row("kill -9 of a GPU's worker process", beside=True)
+def worker_killed(fleet: Stage) -> None:
     target = fleet.instance("gpu01", 0)
     with fleet.load(), fleet.strike(target["id"]):
-        fleet.sh("gpu01", f"kill -9 $(pgrep --parent $(supervisorctl pid {target['program']}))")
+        fleet.kill_worker(target)
 
 
-@row("kill -9 of a GPU's Gunicorn master")
-def master_killed(fleet: Fleet) -> None:
+@row("kill -9 of a GPU's Gunicorn master", beside=True)
+def master_killed(fleet: Stage) -> None:
     target = fleet.instance("gpu01", 0)
     with fleet.load(seconds_after=4), fleet.strike(target["id"]):
-        fleet.sh("gpu01", f"kill -9 $(supervisorctl pid {target['program']})")
+        fleet.kill_master(target)
         time.sleep(1)  # the worker that is left learns of it within a second, and ends
 
 
@@ -143,8 +134,8 @@ def supervisord_killed(fleet: Fleet) -> None:
         time.sleep(1)
 
 
-@row("A request that kills its worker each time it is tried")
-def poison(fleet: Fleet) -> None:
+@row("A request that kills its worker each time it is tried", beside=True)
+def poison(fleet: Stage) -> None:
     with fleet.load(6), fleet.clients(1, Manners(headers={"X-Simulated-Death": "1"}, pause=4), first=8) as poisoned:
         time.sleep(10)
     fleet.cause_is_gone()
@@ -154,23 +145,23 @@ def poison(fleet: Fleet) -> None:
             fleet.strikes.append(Strike(event.monotonic, event.monotonic + 1, frozenset([event.instance])))
 
 
-@row("An app that answers 500 at once on one card")
-def app_500(fleet: Fleet) -> None:
+@row("An app that answers 500 at once on one card", beside=True)
+def app_500(fleet: Stage) -> None:
     sick_card(fleet, "500")
 
 
-@row("An app that answers 503 at once on one card")
-def app_503(fleet: Fleet) -> None:
+@row("An app that answers 503 at once on one card", beside=True)
+def app_503(fleet: Stage) -> None:
     sick_card(fleet, "503")
 
 
-@row("An app that answers 429 at once on one card")
-def app_429(fleet: Fleet) -> None:
+@row("An app that answers 429 at once on one card", beside=True)
+def app_429(fleet: Stage) -> None:
     sick_card(fleet, "429")
     fleet.note = "429 is how an app refuses one client, so it takes no card out of service, however often it is said"
 
 
-def sick_card(fleet: Fleet, fault: str) -> None:
+def sick_card(fleet: Stage, fault: str) -> None:
     """Have one card's app fail in a way, for so long that the breaker must act."""
     with fleet.load(10, seconds_after=0), fleet.sick("gpu03", 1, fault):
         time.sleep(6)
@@ -181,24 +172,17 @@ def app_short(fleet: Fleet) -> None:
     sick_card(fleet, "short")
 
 
-@row("What listens on a GPU's port answers with something that is no HTTP")
-def garbage(fleet: Fleet) -> None:
-    target = fleet.instance("gpu03", 1)
-    server = (
-        "import socketserver as s; s.TCPServer.allow_reuse_address = True; "
-        "h = type('H', (s.StreamRequestHandler,), {'handle': lambda r: (r.request.recv(9999), r.request.send(b'?'))}); "
-        f"s.ThreadingTCPServer(('', {target['port']}), h).serve_forever()"
-    )
-    start = f'supervisorctl stop {target["program"]}; python3 -c "{server}" >/dev/null 2>&1 & echo $! >/run/garbage.pid'
-    stop = f"kill $(cat /run/garbage.pid); supervisorctl start {target['program']}"
-    with fleet.load(10, seconds_after=0), fleet.broken("gpu03", start, stop), fleet.strike(target["id"]):
+@row("What listens on a GPU's port answers with something that is no HTTP", beside=True)
+def garbage(fleet: Stage) -> None:
+    target = fleet.instance("gpu03", 1)["id"]
+    with fleet.load(10, seconds_after=0), fleet.garbled("gpu03", 1), fleet.strike(target):
         time.sleep(6)
-        assert fleet.states().get(target["id"]) == "down"
+        fleet.wait_until_out(target)
 
 
-@row("A GPU host is frozen for 10 s")
-def host_frozen(fleet: Fleet) -> None:
-    host_away(fleet, 10, "pause", "unpause", outside=True)
+@row("A GPU host is frozen for 10 s", beside=True)
+def host_frozen(fleet: Stage) -> None:
+    host_away(fleet, 10, fleet.frozen("gpu02"))
 
 
 @row("A GPU host is unreachable for 30 s: its packets are dropped")
@@ -206,21 +190,21 @@ def host_unreachable(fleet: Fleet) -> None:
     drop = "nft add table inet faults"
     for hook in ("input", "output"):
         drop += f" && nft add chain inet faults {hook} '{{ type filter hook {hook} priority -300; policy drop; }}'"
-    host_away(fleet, 30, drop, "nft delete table inet faults")
+    host_away(fleet, 30, fleet.broken_by("gpu02", drop, "nft delete table inet faults"))
 
 
 @row("A GPU host loses its power, and boots 10 s later")
 def host_off(fleet: Fleet) -> None:
-    host_away(fleet, 10, "kill", "start", outside=True)
+    host_away(fleet, 10, fleet.away("gpu02", "kill", "start"))
 
 
-def host_away(fleet: Fleet, seconds: float, break_it: str, mend: str, outside: bool = False) -> None:
-    """Have a host be away for so long; until the agent knows, requests may go there."""
+def host_away(fleet: Stage, seconds: float, away: AbstractContextManager[None]) -> None:
+    """Have gpu02 be away for so long; until the agent knows, requests may go there."""
     lost = fleet.instances("gpu02")
     with fleet.load(), ExitStack() as mending:
         began = time.monotonic()
         with fleet.strike(*lost):
-            mending.enter_context(fleet.broken("gpu02", break_it, mend, outside=outside))
+            mending.enter_context(away)
             fleet.wait_until_out(*lost)
         time.sleep(max(0.0, began + seconds - time.monotonic()))
 
@@ -259,7 +243,7 @@ def gpu_disk_full(fleet: Fleet) -> None:
     with fleet.load(), fleet.full_disk("gpu01", *folders, reopen="pkill -USR2 -x supervisord"):
         time.sleep(2)
         with fleet.strike(target["id"]):
-            fleet.sh("gpu01", f"kill -9 $(pgrep --parent $(supervisorctl pid {target['program']}))")
+            fleet.kill_worker(target)
         fleet.wait_until_out(target["id"])
         wait_until(lambda: fleet.states().get(target["id"]) == "ready", 90)
     fleet.cause_is_gone()
@@ -292,9 +276,9 @@ def rolling_update(fleet: Fleet) -> None:
     target = fleet.instance("gpu03", 1)
 
     def break_something() -> None:
-        kill_nginx_workers(fleet)
+        fleet.kill_gateway_workers()
         with fleet.strike(target["id"]):
-            fleet.sh("gpu03", f"kill -9 $(pgrep --parent $(supervisorctl pid {target['program']}))")
+            fleet.kill_worker(target)
 
     old = fleet.page.column("version")
     with fleet.new_code(), fleet.load(8, seconds_after=0), ThreadPoolExecutor() as pool:
