@@ -127,7 +127,7 @@ class Gateway:
             process = self._process = subprocess.Popen(
                 [*self._call, *foreground], stdout=output, stderr=output, env=self._software.environment
             )
-        while not (self._listens() and len(family(process.pid)) > 1):
+        while not self._serves(process.pid):
             if process.poll() is not None:
                 raise RuntimeError(f"{self.contender.name}: {(self.folder / 'output.log').read_text()[-2000:]}")
             time.sleep(0.01)
@@ -171,6 +171,11 @@ class Gateway:
         time.sleep(0.001)
 
     @property
+    def serves(self) -> bool:
+        """Whether it listens and has workers."""
+        return self._serves(self._running.pid)
+
+    @property
     def pids(self) -> list[int]:
         """Its processes."""
         return family(self._running.pid)
@@ -188,6 +193,6 @@ class Gateway:
             return [program, "-f", str(self._configuration)]
         return [program, "-e", f"{self.folder}/error.log", "-c", str(self._configuration)]
 
-    def _listens(self) -> bool:
+    def _serves(self, pid: int) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0 and len(family(pid)) > 1

@@ -98,10 +98,10 @@ class Gpus:
         return family(self._processes[instance].pid)
 
     def stop(self, *instances: str) -> None:
-        """End these programs, or all, at once, whoever still has a connection, and wait until they are gone."""
+        """End these programs when their requests have ended; or all, at once, whoever still has a connection."""
         ending = [self._processes.pop(instance) for instance in instances or list(self._processes)]
         for process in ending:
-            process.send_signal(signal.SIGQUIT)
+            process.send_signal(signal.SIGTERM if instances else signal.SIGQUIT)
         for process in ending:
             try:
                 process.wait(10)
