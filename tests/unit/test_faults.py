@@ -118,6 +118,7 @@ def test_the_document_has_a_line_for_each_row_and_says_where_it_was_made():
 def test_a_contenders_cell_tells_only_what_came_about():
     assert cell(result()) == "1 served"
     assert cell(result(peak=3, events=ran() + ran(instance="b"))) == "1 served, **3 in flight**, **1 twice**"
+    assert cell(result(unusable=1, recovery_seconds=0.5)) == "1 served, 1 slot away until 0.5 s after"
     assert cell(result(events=[], unusable=2, recovery_seconds=4.04)) == (
         "0 served, **1 wrong**, 2 slots away until 4.0 s after"
     )

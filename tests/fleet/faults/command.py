@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ def main() -> int:
         for name, row in ROWS.items():
             print(f"{name:<28}{'*' if row.beside else ' '} {row.text}")
         return 0
+    # A process that is told to end unwinds: what it started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     names = options.only or list(ROWS)
     about = report.machine()
     results = matrix(names) if options.part != "rivals" else []

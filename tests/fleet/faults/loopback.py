@@ -22,6 +22,7 @@ from bench.gateway.software import Software
 from testbed import PROJECT
 
 from ..background import Background
+from ..operations import wait_until
 from .stage import GARBAGE, Stage
 
 SERVICE = Path(__file__).with_name("inventory") / "group_vars" / "all" / "faults.yml"
@@ -85,8 +86,10 @@ class Loopback(Stage):
         self._gateway.begin_reload()
 
     def kill_gateway_workers(self) -> None:
+        killed = self._gateway.pids[1:]
         with self.strike():
-            kill(self._gateway.pids[1:], signal.SIGKILL)
+            kill(killed, signal.SIGKILL)
+            wait_until(lambda: self._gateway.serves and not set(killed) & set(self._gateway.pids), 20)
 
     def kill_worker(self, instance: dict[str, Any]) -> None:
         kill(self.gpus.pids(instance["id"])[1:], signal.SIGKILL)

@@ -62,7 +62,7 @@ BESIDE = """\
 ## Beside rivals
 
 {where}.
-`make faults-rivals` runs this part alone, in 7 minutes.
+`make faults-rivals` runs this part alone.
 
 The article's own configuration (made loadable), a plain one-tier nginx and HAProxy are in
 [bench/gateway/rivals](../bench/gateway/rivals). Each of them, and gpufleet, has a gateway and six simulated GPUs of two
@@ -139,12 +139,13 @@ def cell(result: Result) -> str:
     told = [f"{sums.served} served", *(f"{count} {what}" for what, count in counts.items() if count)]
     told += [f"**{result.peak} in flight**"] if result.peak > result.slots else []
     told += [f"**{len(names)} {what}**" for what, names in bad.items() if names]
+    slots = "1 slot" if result.unusable == 1 else f"{result.unusable} slots"
     if result.trouble:
         told.append("**the row itself failed**")
     elif result.recovery_seconds is None:
-        told.append(f"**{result.unusable} slots gone for good**")
+        told.append(f"**{slots} gone for good**")
     elif result.unusable:
-        told.append(f"{result.unusable} slots away until {result.recovery_seconds:.1f} s after")
+        told.append(f"{slots} away until {result.recovery_seconds:.1f} s after")
     return ", ".join(told)
 
 
@@ -167,7 +168,7 @@ def where(results: Sequence[Result], about: dict[str, Any]) -> str:
     loads = sorted(result.load for result in results if result.load is not None)
     return (
         f"{dates[0]} to {dates[-1]}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']},\n"
-        f"whose load average before a row was {loads[0]} to {loads[-1]}, nearly all of it by others"
+        f"whose load average before a row was {loads[0]} to {loads[-1]}"
     )
 
 
