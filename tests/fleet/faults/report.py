@@ -75,6 +75,7 @@ BESIDE_LEGEND = """\
 - **Bold** is what should not be: more *in flight* on one GPU than its two slots; *lost*, *twice* and *wrong* as above;
   slots that are gone *for good*: not back 40 s later, but only when the gateway was restarted.
 - *slots away*: could not be used when all were tried at once, 1.5 s after the row, and until when after the fault.
+  Where no guard is, Gunicorn takes requests while the model loads: they wait there, and no slot is away.
 - HAProxy's queue lets twelve requests wait, for 5 s at most: of an overload it serves more, later.
 - Whatever the article's configuration and the one-tier nginx get no answer to, they call an overload: *refused* where
   nothing ran, else *wrong*."""
