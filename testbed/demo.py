@@ -20,7 +20,7 @@ RECORDING = PROJECT / ".cache" / "demo" / "hello.wav"
 def table_of(fleet: dict[str, Any]) -> Table:
     """Return the fleet as a table, one row for each instance."""
     gateways = ", ".join(f"{gateway['host']} ({gateway['address']})" for gateway in fleet["gateways"])
-    table = Table(title="The fleet", caption=f"gateway {gateways}: {fleet['capacity']} requests at once")
+    table = Table(title="The fleet", caption=f"{fleet['url']} on {gateways}: {fleet['capacity']} requests at once")
     for heading in ("host", "address", "GPU", "service", "program", "port", "slots"):
         table.add_column(heading, justify="right" if heading in ("GPU", "port", "slots") else "left")
     for instance in fleet["instances"]:

@@ -293,6 +293,22 @@ def test_the_drains_of_what_left_the_fleet_are_forgotten(run: Callable[..., dict
     ]
 
 
+def test_a_new_gateway_takes_the_drains_of_another_one_over_as_they_are(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    old = str(tmp_path / "old")
+    run(None, None, directory=old, reason="fan")
+    drains = run(None, None, None, state="forgotten", directory=old)["drains"]
+    assert (drains.keys(), drains["a"]["reason"]) == ({"a", "b"}, "fan")
+    run(None, reason="noise")
+    for check in (True, False):
+        assert run(state="taken_over", drains=drains, check=check)["flags"] == ["b"]
+    assert not run(state="taken_over", drains=drains)["changed"]
+    flags = {flag.name: json.loads(flag.read_text()) for flag in (tmp_path / "drain").iterdir()}
+    assert (flags["a"]["reason"], flags["b"]) == ("noise", drains["b"])
+    assert audit(tmp_path)[-1]["what"] == "take the drain over"
+
+
 def test_check_mode_says_what_would_be_and_touches_nothing(
     run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
 ) -> None:

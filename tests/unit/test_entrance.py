@@ -16,6 +16,7 @@ HASH = hash_of(new_key("alice"))
 GOOD = {
     "gateway_tls": {"certificate": "c.pem", "key": "k.pem", "port": 443, "redirect": False, "hsts_seconds": 60},
     "api_keys": {"alice": {"hashes": [HASH], "in_flight": 4, "services": ["tts"]}},
+    "gateway_vip": {"address": "10.0.0.9", "interface": "eth0", "router_id": 7},
 }
 ACME = {"gateway_tls": {"acme": {"names": ["tts.example.org"], "authority": "https://ca.example.org/directory"}}}
 
@@ -30,7 +31,8 @@ def test_without_either_a_gateway_is_as_it_always_was():
     for entrance in ({}, {"gateway_tls": {}}, {"gateway_tls": None}):
         fleet = behind(entrance)
         assert fleet["faults"] == []
-        assert (fleet["tls"], fleet["api_keys"], fleet["ports"]) == (None, {}, [9999])
+        assert (fleet["tls"], fleet["api_keys"], fleet["ports"], fleet["vip"]) == (None, {}, [9999], None)
+        assert fleet["url"] == fleet["gateways"][0]["url"] == "http://10.0.0.100:9999"
         assert set(fleet["zones"]) == {"instance", "service", "client", "client_work"}
 
 
@@ -41,6 +43,28 @@ def test_what_is_not_given_has_its_default():
     digests = {HASH.split(".")[1]: HASH.split(".")[2]}
     assert fleet["api_keys"] == {"alice": {"hashes": digests, "in_flight": None, "services": ["tts"]}}
     assert fleet["gateways"][0]["url"] == "https://10.0.0.100:9443"
+
+
+@pytest.mark.parametrize(
+    ("given", "vip", "url"),
+    [
+        ({"address": "10.0.0.9"}, ("10.0.0.9", None, 9), "http://10.0.0.9:9999"),
+        ({"address": "10.0.4.0"}, ("10.0.4.0", None, 255), "http://10.0.4.0:9999"),
+        (GOOD["gateway_vip"], ("10.0.0.9", "eth0", 7), "http://10.0.0.9:9999"),
+    ],
+)
+def test_with_an_address_for_two_gateways_clients_use_that(given, vip, url):
+    fleet = behind({"gateway_vip": given})
+    assert fleet["faults"] == []
+    assert (tuple(fleet["vip"].values()), fleet["url"]) == (vip, url)
+    assert fleet["gateways"][0]["url"] == "http://10.0.0.100:9999"
+    assert behind({"gateway_vip": given, **ACME})["url"] == url.replace("http", "https").replace("9999", "9443")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.9", "224.0.0.18", 9, ["10.0.0.9"], "10.0.0.9\n"])
+def test_an_address_that_no_host_can_have_is_refused(address):
+    (fault,) = behind({"gateway_vip": {"address": address}})["faults"]
+    assert "not an IPv4 address" in fault
 
 
 @pytest.mark.parametrize(
@@ -73,7 +97,13 @@ def test_each_limit_that_keys_have_is_counted_for_itself():
 
 
 @settings(max_examples=200)
-@given(st.one_of(spoilt(GOOD), spoilt(ACME), st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK})))
+@given(
+    st.one_of(
+        spoilt(GOOD),
+        spoilt(ACME),
+        st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK, "gateway_vip": JUNK}),
+    )
+)
 @example(GOOD)
 @example(ACME)
 def test_anything_is_refused_or_can_stand_in_a_configuration(entrance):
@@ -85,6 +115,9 @@ def test_anything_is_refused_or_can_stand_in_a_configuration(entrance):
         assert key["hashes"]
         for text in (label, *key["hashes"], *key["hashes"].values(), *key["services"]):
             assert re.fullmatch(r"[\w-]+", text, re.ASCII)
+    vip = fleet["vip"] or {"address": "x", "interface": None, "router_id": 1}
+    assert all(PLAIN.fullmatch(text) for text in (vip["address"], vip["interface"] or "x"))
+    assert 0 < vip["router_id"] < 256
     acme = (fleet["tls"] or {}).get("acme") or {"names": []}
     assert all(PLAIN.fullmatch(text) for text in (*acme["names"], acme.get("authority", "x")))
 

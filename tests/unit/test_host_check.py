@@ -136,6 +136,48 @@ def test_the_gateways_port_may_be_held_by_our_nginx_only() -> None:
     ]
 
 
+INTERFACES = json.dumps(
+    [
+        {"ifname": "lo", "addr_info": [{"local": "127.0.0.1"}, {"local": "::1"}]},
+        {"ifname": "eth0", "addr_info": [{"local": "10.0.0.100"}, {"local": "10.0.0.9"}]},
+        {"ifname": "eth1"},
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (None, ("eth0", [])),
+        ("eth1", ("eth1", [])),
+        (
+            "eth7",
+            (
+                "eth7",
+                [
+                    "gateway_vip.interface = 'eth7': the host has no such network interface. "
+                    "The host has eth0, eth1, lo."
+                ],
+            ),
+        ),
+    ],
+)
+def test_the_gateways_address_is_on_the_interface_of_its_own_one(wanted: str | None, found: Any) -> None:
+    assert host_check.interface_for(INTERFACES, "10.0.0.100", wanted) == found
+
+
+def test_an_address_that_the_host_does_not_have_is_a_fault() -> None:
+    interface, (fault,) = host_check.interface_for(INTERFACES, "10.0.0.10", None)
+    assert interface == ""
+    assert fault.startswith("fleet_address = '10.0.0.10': on none of the host's network interfaces")
+
+
+def test_this_machine_has_its_interface(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "127.0.0.66" in run(capsys, vip_beside="127.0.0.66")["msg"]
+    assert "'eth77': the host has no such" in run(capsys, vip_beside="127.0.0.1", vip_interface="eth77")["msg"]
+    assert "network interface" not in run(capsys, vip_beside="127.0.0.1").get("msg", "")
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:

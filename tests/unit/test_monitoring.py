@@ -90,6 +90,17 @@ def test_with_tls_the_gateway_is_asked_and_probed_by_it():
     assert (probe["__param_target"], probe["__param_module"]) == ("https://10.0.0.100:9443/health", "gateway")
 
 
+def test_an_address_that_gateways_have_in_common_is_probed_as_well():
+    given = fleet(gateways=("gw1", "gw2"), entrance={"gateway_vip": {"address": "10.0.0.99"}})
+    assert given["faults"] == []
+    probes = [target["labels"] for target in scrape_targets(given, "watcher") if target["labels"]["job"] == "probe"]
+    assert {labels["host"]: labels["__param_target"] for labels in probes} == {
+        "gw1": "http://10.0.0.100:9999/health",
+        "gw2": "http://10.0.0.101:9999/health",
+        "10.0.0.99": "http://10.0.0.99:9999/health",
+    }
+
+
 @pytest.mark.parametrize("kind", sorted(MONITORING_PORTS))
 def test_ports_of_monitoring_are_kept_free(kind):
     """On a host that is all three, each of them is taken."""

@@ -1,5 +1,5 @@
 # Copyright gpufleet contributors. Licensed under the Apache License 2.0.
-"""How clients come in, as the inventory describes it: TLS, API keys, and what the gateway counts. Pure.
+"""How clients come in, as the inventory describes it: address, TLS, API keys, and what the gateway counts. Pure.
 
 A key is LABEL.ID.SECRET. The inventory has its hash only, LABEL.ID.DIGEST: with the label a hash that was pasted below
 another one is noticed, and with the id nginx knows which of a label's hashes to compare with.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import ipaddress
 import re
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from ansible_collections.gpufleet.core.plugins.module_utils.faults import HIDDEN, Faults, whole_number
 
-TLS_VARIABLE, KEYS_VARIABLE = "gateway_tls", "api_keys"
+TLS_VARIABLE, KEYS_VARIABLE, VIP_VARIABLE = "gateway_tls", "api_keys", "gateway_vip"
 ABSENT = object()
 
 #: The fields of gateway_tls and their defaults: either certificate and key, or acme.
@@ -32,6 +33,7 @@ ACME_FIELDS = ("names", "authority")
 LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 ACME_PORT = 80  # RFC 8555, 8.3: there the certificate authority looks for the answer to its challenge
 KEY_FIELDS = ("hashes", "in_flight", "services")
+VIP_FIELDS = ("address", "interface", "router_id")
 
 # To be matched in full, as in module_utils.fleet.
 _LABEL = r"[a-z](?:[a-z0-9_-]{0,30}[a-z0-9])?"
@@ -42,6 +44,7 @@ _KEY = re.compile(rf"(?:Bearer )?{_LABEL}\.{_ID}\.{_SECRET}")
 _HASH = re.compile(rf"(?P<label>{_LABEL})\.(?P<id>{_ID})\.(?P<digest>{_DIGEST})")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
 _URL = re.compile(r"https://[A-Za-z0-9._~:/\[\]-]+")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 
 
 def hash_of(key: str) -> str:
@@ -64,6 +67,53 @@ def of_gateways(variable: str, hosts: Iterable[str], hostvars: Mapping[str, Mapp
             remedy = "Give it once, in the group_vars of the gateways or of all"
             faults.add(f"host {host}", variable, HIDDEN, f"another one than on {first}", remedy)
     return values.get(first, ABSENT)
+
+
+def vip(
+    given: Any, gateways: Iterable[Mapping[str, str]], owners: Mapping[Any, str], faults: Faults
+) -> dict[str, Any] | None:
+    """The address that one of the gateways has at a time, or None where each has its own alone.
+
+    ``interface`` is None where it is the one with the gateway's own address. ``router_id`` tells groups of gateways on
+    one network apart; made from the address, it is another one for each group.
+
+    :param owners: the hosts by the addresses that they have already.
+    """
+    if given is ABSENT or given is None or given == {}:
+        return None
+    if not isinstance(given, Mapping):
+        faults.add("all", VIP_VARIABLE, given, "not a mapping", "Give {address: IP ADDRESS}")
+        return None
+    for name in set(given) - set(VIP_FIELDS):
+        faults.unknown_key("all", f"{VIP_VARIABLE}.", name, given[name], VIP_FIELDS)
+    address, interface, router_id = (given.get(name) for name in VIP_FIELDS)
+    ip, variable = _ipv4(address), f"{VIP_VARIABLE}.address"
+    if ip is None or ip.is_unspecified or ip.is_loopback or ip.is_multicast:
+        problem = "not an IPv4 address that a host can have, and gateways listen at no others"
+        faults.add("all", variable, address, problem, "Give one of the gateways' network that no host has")
+    elif address in owners:
+        faults.add("all", variable, address, f"the address of {owners[address]} too", "Give one that no host has")
+    for gateway in gateways:
+        if _ipv4(gateway["address"]) is None:
+            problem = "not an IPv4 address, as gateways with a gateway_vip need one on its network"
+            remedy = "Give the one from which it reaches the GPU servers"
+            faults.add(f"host {gateway['host']}", "fleet_address", gateway["address"], problem, remedy)
+    if interface is not None and not (isinstance(interface, str) and _INTERFACE.fullmatch(interface)):
+        remedy = "Leave it out where it is the one with the gateways' own addresses"
+        faults.add("all", f"{VIP_VARIABLE}.interface", interface, "not the name of a network interface", remedy)
+    if router_id is None:
+        router_id = int(ip or 0) % 256 or 255
+    else:
+        remedy = "Leave it out, or give one that no other VRRP router of the network has"
+        router_id = whole_number(router_id, 1, 255, faults, "all", f"{VIP_VARIABLE}.router_id", remedy)
+    return {"address": str(ip), "interface": interface, "router_id": router_id}
+
+
+def _ipv4(text: Any) -> ipaddress.IPv4Address | None:
+    try:
+        return ipaddress.IPv4Address(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
 
 
 def tls(given: Any, port: int, gateways: int, faults: Faults) -> dict[str, Any] | None:

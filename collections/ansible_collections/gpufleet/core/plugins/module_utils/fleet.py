@@ -64,6 +64,7 @@ SMOKE_FIELDS = ("path", "body", "content_type")
 CODE_FIELDS = ("source", "version")
 GPU_FIELDS = ("device", "slots", "index")
 HOST_VARIABLES = ("gpu_count", "gpus")
+ADDRESS_VARIABLES = ("fleet_address", "ansible_host")
 #: Set by gpufleet for each program; a service that set them too would undo its own placement or limits.
 RESERVED_ENVIRONMENT = re.compile(r"CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER|PYTHONUNBUFFERED|SLOT_GUARD_\w*")
 #: Paths the gateway keeps for itself; `/_…` also holds the guard's admin endpoints.
@@ -108,16 +109,16 @@ def derive(
     :param services: services by name, fields as in :data:`SERVICE_FIELDS`.
     :param groups: Ansible's ``groups``: host names by group name.
     :param hostvars: Ansible's ``hostvars``; read are ``gpu_count``, ``gpus``, ``fleet_address`` and ``ansible_host``,
-        of the gateways ``gateway_tls`` and ``api_keys``.
+        of the gateways ``gateway_tls``, ``api_keys`` and ``gateway_vip``.
     :param conda_envs: conda environments by name, each with the folder of its ``lock``.
     :param gpu_group: the group of the GPU servers.
     :param gateway_group: the group of the gateways.
     :param port: TCP port that the gateway serves; with TLS, that of plain HTTP.
     :param monitoring_group: the group of the hosts with Prometheus, which may be empty or not there.
     :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
-        ``gateways`` with their capacities in concurrent requests, ``monitoring``, how clients come in (``ports``,
-        ``tls`` or None, ``api_keys``), and ``faults``. With faults the rest is a best effort that must not be rolled
-        out.
+        ``gateways`` with their capacities in concurrent requests, ``monitoring``, how clients come in (``url``,
+        ``vip`` or None, ``ports``, ``tls`` or None, ``api_keys``), and ``faults``. With faults the rest is a best
+        effort that must not be rolled out.
     """
     faults = Faults()
     gateways = _known_by_ip(groups, hostvars, gateway_group, GATEWAY_BY_IP, faults)
@@ -125,14 +126,17 @@ def derive(
         faults.add("inventory", f"group {gateway_group}", [], "there is no gateway", "Put the gateway's host into it")
     monitoring = _known_by_ip(groups, hostvars, monitoring_group, MONITORING_BY_IP, faults)
     port = whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
-    given_tls, given_keys = (
+    given_tls, given_keys, given_vip = (
         entrance.of_gateways(variable, [gateway["host"] for gateway in gateways], hostvars, faults)
-        for variable in (entrance.TLS_VARIABLE, entrance.KEYS_VARIABLE)
+        for variable in (entrance.TLS_VARIABLE, entrance.KEYS_VARIABLE, entrance.VIP_VARIABLE)
     )
     tls = entrance.tls(given_tls, port, len(gateways), faults)
     ports = [port] if tls is None else [*tls["plain_ports"], tls["port"]]
+    members = {*groups.get(gpu_group, ()), *(entry["host"] for entry in (*gateways, *monitoring))}
+    owners = {str(hostvars[host].get(name)): host for host in sorted(members) for name in ADDRESS_VARIABLES}
+    vip = entrance.vip(given_vip, gateways, owners, faults)
     for gateway in gateways:
-        gateway["url"] = f"{'http' if tls is None else 'https'}://{gateway['address']}:{ports[-1]}"
+        gateway["url"] = _url(gateway["address"], ports[-1], tls is not None)
     gpus = {host: _gpus(host, hostvars[host], faults) for host in sorted(groups.get(gpu_group, ()))}
     if not gpus:
         faults.add("inventory", f"group {gpu_group}", [], "there are no GPU servers", "Put at least one host into it")
@@ -167,6 +171,8 @@ def derive(
         "services": known_services,
         "hosts": hosts,
         "gateways": gateways,
+        "vip": vip,
+        "url": _url(vip["address"], ports[-1], tls is not None) if vip else gateways[0]["url"] if gateways else "",
         "monitoring": monitoring,
         "monitoring_ports": MONITORING_PORTS,
         "port": port,
@@ -183,6 +189,10 @@ def derive(
         "capacity": sum(instance["slots"] for instance in instances),
         "faults": faults.lines,
     }
+
+
+def _url(address: str, port: int, secure: bool) -> str:
+    return f"{'https' if secure else 'http'}://{address}:{port}"
 
 
 def _instance(name: str, service: Mapping[str, Any], host: str, address: str, gpu: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +250,7 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _address(host: str, variables: Mapping[str, Any], faults: Faults) -> str:
     """Where the gateway reaches a host: ``fleet_address``, else ``ansible_host``, else its name."""
-    for variable in ("fleet_address", "ansible_host"):
+    for variable in ADDRESS_VARIABLES:
         value = variables.get(variable)
         if value is None:
             continue

@@ -16,7 +16,7 @@ def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
     """What the Prometheus of ``host`` asks, as file_sd has it. Every target says its own job.
 
     A gateway's exporters listen at loopback and are asked through the gateway. Each gateway has an agent that tells of
-    all instances, so what they tell says whose it is.
+    all instances, so what they tell says whose it is. An address that they have in common is probed as well.
     """
     ports = fleet["monitoring_ports"]
     gateways = {gateway["host"]: gateway["url"] for gateway in fleet["gateways"]}
@@ -28,6 +28,8 @@ def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
         targets += [
             _target(address, job, name, __metrics_path__=f"{METRICS_PATH}/{job}", **own) for job in GATEWAY_EXPORTERS
         ]
+    entrances = {**gateways, **({fleet["vip"]["address"]: fleet["url"]} if fleet["vip"] else {})}
+    for name, url in entrances.items():
         probe = {"__metrics_path__": "/probe", "__param_module": "gateway"}
         probe["__param_target"] = f"{url}/health"
         targets.append(_target(f"127.0.0.1:{ports['probe']}", "probe", name, **probe))

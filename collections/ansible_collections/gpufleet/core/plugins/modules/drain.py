@@ -31,6 +31,7 @@ description:
     slot go to other instances.
   - A flag says who raised it. A rollout neither takes over nor lifts the flag of an operator.
   - Forgets the drains of what left the fleet, so that it serves again should it come back.
+  - Takes the drains of another gateway over, so that a new one keeps away from what is drained there.
 options:
   instances:
     description:
@@ -43,9 +44,14 @@ options:
     description:
       - V(drained) raises the flags and waits, V(serving) lifts them.
       - V(forgotten) lifts all but those of O(instances), whoever raised them.
+      - V(taken_over) raises those of O(drains), on behalf of who raised them there.
     type: str
-    choices: [drained, serving, forgotten]
+    choices: [drained, serving, forgotten, taken_over]
     required: true
+  drains:
+    description: With O(state=taken_over), what RV(drains) is on another gateway.
+    type: dict
+    default: {}
   owner:
     description:
       - V(operator) may lift every flag, V(rollout) only those of rollouts.
@@ -99,6 +105,10 @@ flags:
   returned: always
   type: list
   elements: str
+drains:
+  description: By id of each instance whose flag is raised now, what its flag says.
+  returned: O(state=forgotten)
+  type: dict
 silent:
   description: By id of an instance that was taken for drained because nothing answers there, why.
   returned: always
@@ -276,7 +286,18 @@ def forgotten(gateway: Gateway, instances: list[Instance], check: bool) -> dict[
     if not check:
         for name in left:
             gateway.lift(Instance(name))
-    return {"flags": left}
+    stay = (instance for instance in instances if instance.id not in left)
+    drains = {instance.id: record for instance in stay if (record := read_record(gateway.flag(instance))) is not None}
+    return {"flags": left, "drains": drains}
+
+
+def taken_over(gateway: Gateway, drains: Mapping[str, Record], check: bool) -> dict[str, Any]:
+    """Raise flags as they are on another gateway, where there are none; return the module's result."""
+    missing = {name: record for name, record in drains.items() if not gateway.flag(Instance(name)).exists()}
+    if not check:
+        for name, record in missing.items():
+            write_record(gateway.flag(Instance(name)), dict(record), replace=False)
+    return {"flags": sorted(missing)}
 
 
 #: What a change of flags is called in the audit log, and between which states it leads.
@@ -284,6 +305,7 @@ AUDIT = {
     "drained": ("drain", "serving", "drained"),
     "serving": ("undrain", "drained", "serving"),
     "forgotten": ("forget the drain", "drained", None),
+    "taken_over": ("take the drain over", "serving", "drained"),
 }
 
 
@@ -324,6 +346,8 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
         result = drained(gateway, instances, parameters["timeout"], check)
     elif parameters["state"] == "forgotten":
         result = forgotten(gateway, instances, check)
+    elif parameters["state"] == "taken_over":
+        result = taken_over(gateway, parameters["drains"], check)
     else:
         down = Path(parameters["down_directory"]) if parameters["down_directory"] else None
         result = serving(gateway, instances, parameters["require_ready"], down, check)
@@ -356,7 +380,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "instances": {"type": "list", "elements": "dict", "required": True},
-            "state": {"type": "str", "choices": ["drained", "serving", "forgotten"], "required": True},
+            "state": {"type": "str", "choices": list(AUDIT), "required": True},
+            "drains": {"type": "dict", "default": {}},
             "owner": {"type": "str", "choices": ["operator", "rollout"], "default": "operator"},
             "by": {"type": "str"},
             "reason": {"type": "str", "default": ""},

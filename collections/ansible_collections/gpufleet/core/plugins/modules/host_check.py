@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import pwd
@@ -39,6 +40,12 @@ options:
     type: list
     elements: int
     default: []
+  vip_beside:
+    description: The gateway's own address; on its network interface it shall have another one at times.
+    type: str
+  vip_interface:
+    description: The network interface for that, where it shall be another one than that of O(vip_beside).
+    type: str
   gpu_count:
     description: The inventory's C(gpu_count), where it names no single cards.
     type: int
@@ -70,6 +77,14 @@ faults:
   returned: failure
   type: list
   elements: str
+vip_interface:
+  description: The network interface that O(vip_beside) is on, or O(vip_interface); empty without O(vip_beside).
+  returned: success
+  type: str
+is_gateway:
+  description: Whether nginx has a configuration of ours.
+  returned: success
+  type: bool
 monitored:
   description: Whether the role monitoring had the host tell its metrics.
   returned: success
@@ -191,13 +206,13 @@ def port_faults(
     gateway_ports: Iterable[int],
     listeners: Mapping[int, list[Listener]],
     instances_uid: int | None,
-    is_our_gateway: bool,
+    ours: bool,
 ) -> list[str]:
     """Check that every port is free or held by ourselves.
 
     :param listeners: who listens, by port.
     :param instances_uid: the user of the instances, who runs nothing else; None where it does not exist yet.
-    :param is_our_gateway: whether the host's nginx serves our configuration.
+    :param ours: whether the host's nginx serves our configuration.
     """
     faults = []
     for instance in instances:
@@ -211,13 +226,32 @@ def port_faults(
         strangers = [
             listener
             for listener in listeners.get(port, ())
-            if not (is_our_gateway and all(process.startswith("nginx ") for process in listener.processes))
+            if not (ours and all(process.startswith("nginx ") for process in listener.processes))
         ]
         if strangers:
             problem = f"taken by {'; '.join(map(str, strangers))}"
             remedy = "Stop it, or move fleet_port or gateway_tls.port"
             faults.append(fault("port of the gateway", port, problem, remedy))
     return faults
+
+
+def interface_for(listing: str, address: str, wanted: str | None) -> tuple[str, list[str]]:
+    """Return the network interface ``wanted``, or else the one that has an address; or what is wrong.
+
+    :param listing: what ``ip -json address`` prints.
+    """
+    interfaces = {
+        entry["ifname"]: {given.get("local") for given in entry.get("addr_info", ())} for entry in json.loads(listing)
+    }
+    there = f"The host has {', '.join(sorted(interfaces))}"
+    if wanted is not None:
+        problem = "the host has no such network interface"
+        return wanted, [] if wanted in interfaces else [fault("gateway_vip.interface", wanted, problem, there)]
+    for name, addresses in interfaces.items():
+        if address in addresses:
+            return name, []
+    problem = "on none of the host's network interfaces, so the one for gateway_vip is not known"
+    return "", [fault("fleet_address", address, problem, f"Correct it, or give gateway_vip.interface. {there}")]
 
 
 def listening_sockets(table: str) -> dict[str, tuple[int, int]]:
@@ -279,10 +313,23 @@ def list_gpus(module: AnsibleModule) -> tuple[str, list[str]]:
     return "", [fault("nvidia-smi -L", f"exit code {code}", f"it says: {said[0].rstrip('.')}", remedy)]
 
 
+def vip_interface(module: AnsibleModule) -> tuple[str, list[str]]:
+    """Return the network interface of the gateways' address, or the faults."""
+    beside = module.params["vip_beside"]
+    if not beside:
+        return "", []
+    listing = module.run_command([module.get_bin_path("ip", required=True), "-json", "address"], check_rc=True)[1]
+    return interface_for(listing, beside, module.params["vip_interface"])
+
+
+def is_our_gateway() -> bool:
+    """Tell whether nginx has a configuration of ours."""
+    return GATEWAY_CONFIGURATION.exists() and "gpufleet" in GATEWAY_CONFIGURATION.read_text(errors="replace")
+
+
 def check(module: AnsibleModule) -> list[str]:
     """Look at the host and return all faults."""
     wanted = module.params
-    configuration = GATEWAY_CONFIGURATION.read_text(errors="replace") if GATEWAY_CONFIGURATION.exists() else ""
     faults = system_faults(
         Path("/etc/os-release").read_text(encoding="utf-8"),
         Path("/run/systemd/system").is_dir(),
@@ -290,8 +337,7 @@ def check(module: AnsibleModule) -> list[str]:
         sys.version_info[:2],
     )
     uid = uid_of(wanted["user"])
-    is_our_gateway = "gpufleet" in configuration
-    faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway)
+    faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway())
     if not wanted["instances"]:
         return faults
     if wanted["architecture"]:
@@ -313,6 +359,8 @@ def main() -> None:
             "host": {"type": "str", "required": True},
             "instances": {"type": "list", "elements": "dict", "default": []},
             "gateway_ports": {"type": "list", "elements": "int", "default": []},
+            "vip_beside": {"type": "str"},
+            "vip_interface": {"type": "str"},
             "gpu_count": {"type": "int"},
             "architecture": {"type": "str"},
             "free_gigabytes": {"type": "dict", "default": {}},
@@ -320,10 +368,12 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    faults = [f"host {module.params['host']}: {line}" for line in check(module)]
+    interface, unfit = vip_interface(module)
+    faults = [f"host {module.params['host']}: {line}" for line in (*check(module), *unfit)]
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
-    module.exit_json(changed=False, monitored=MONITORED.exists(), monitors=MONITORS.exists())
+    found = {"is_gateway": is_our_gateway(), "monitored": MONITORED.exists(), "monitors": MONITORS.exists()}
+    module.exit_json(changed=False, vip_interface=interface, **found)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ class Unit(Commands):
         self.check: list[str] = given["check"]
         self.reload: bool = given["reload"]
         self.makes = [Path(path) for path in given["makes"]]
+        self.disturbed = self.run is False
         state = self.state()
         self.known = state["LoadState"] == "loaded"
         self.active = state["ActiveState"] == "active"
@@ -141,6 +142,7 @@ class Unit(Commands):
             self.write(self.wanted)
             if self.check and self.run:
                 self.command(*self.check)
+            self.disturbed = True
             if self.run:
                 self.command("systemctl", "enable", "--quiet", self.name)
             if self.run or (self.run is None and self.active):
@@ -165,13 +167,13 @@ class Unit(Commands):
             raise Refused(f"it did not come up. The end of its log:\n{log}")
 
     def put_back(self) -> None:
-        """Have the files that were found, and the unit as it was."""
+        """Have the files that were found, and the unit as it was; where only files were touched, it went on."""
         undone = [verb for verb, was in (("stop", self.active), ("disable", self.enabled)) if not was]
         again = [verb for verb, was in (("enable", self.enabled), ("restart", self.active)) if was]
-        for verb in undone:
+        for verb in undone if self.disturbed else []:
             self.module.run_command(["systemctl", verb, self.name])
         self.write(self.found)
-        for verb in again:
+        for verb in again if self.disturbed else []:
             self.module.run_command(["systemctl", verb, self.name])
 
     def write(self, texts: Texts) -> None:
