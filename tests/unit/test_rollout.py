@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from base64 import b64encode
 from typing import Any
 
 import pytest
@@ -25,6 +27,16 @@ from .test_supervisor_template import fleet as derived
 def fleet() -> dict[str, Any]:
     """Two hosts with 2 and 8 GPUs."""
     return derived({"gpu_count": 2})
+
+
+VIP = "10.0.0.9"
+
+
+@pytest.fixture
+def two() -> dict[str, Any]:
+    """The same behind two gateways."""
+    gateways = [{"host": name} for name in ("gw1", "gw2")]
+    return {**derived({"gpu_count": 2}), "gateways": gateways, "vip": {"address": VIP}, "url": f"http://{VIP}:9999"}
 
 
 def entry(host: str, index: int, change: str = "changed", instance: str | None = "") -> dict[str, Any]:
@@ -67,8 +79,10 @@ def test_no_target_and_an_unknown_one_are_refused(fleet: dict[str, Any], wanted:
     assert said in str(refused.value)
 
 
-def test_a_host_is_removed_only_where_others_serve_on(fleet: dict[str, Any]) -> None:
-    groups = {"all": ["gpu01", "gpu02", "old"]}
+def test_a_host_is_removed_only_where_others_serve_on(fleet: dict[str, Any], two: dict[str, Any]) -> None:
+    (gateway,) = (one["host"] for one in fleet["gateways"])
+    groups = {"all": ["gpu01", "gpu02", "old", gateway, "gw1"]}
+    assert removable(two, "gw1", groups) == []
     assert [instance["id"] for instance in removable(fleet, "gpu01", groups)] == ["tts-gpu01-0", "tts-gpu01-1"]
     assert removable(fleet, "old", groups) == []
     alone = {**fleet, "instances": [one for one in fleet["instances"] if one["host"] == "gpu01"]}
@@ -76,6 +90,7 @@ def test_a_host_is_removed_only_where_others_serve_on(fleet: dict[str, Any]) -> 
         ((fleet, None), "There is no target"),
         ((fleet, "gpu1"), "The inventory has no host gpu1"),
         ((alone, "gpu01"), "gpu01 has the last GPUs of tts"),
+        ((fleet, gateway), f"{gateway} is the only gateway"),
     ):
         with pytest.raises(AnsibleFilterError, match=said):
             removable(*arguments, groups)
@@ -159,22 +174,37 @@ def page(instances: list[dict[str, Any]], status: str = "healthy") -> dict[str, 
 
 
 def seen(fleet: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of doctor_document for a fleet in which all is well."""
+    """Arguments of doctor_document for a fleet in which all is well; the last gateway has the common address."""
     programs: dict[str, str] = {}
     for one in fleet["instances"]:
         programs[one["host"]] = programs.get(one["host"], "") + f"{one['program']}   RUNNING   pid 7, uptime 0:01:00\n"
     names = [one["id"] for one in fleet["instances"]]
+    answers = {name: {"status": {"state": "ready"}, "problem": "", "smoke": ""} for name in names}
+    count = len(fleet["gateways"])
     return {
         "programs": programs,
-        "answers": {name: {"status": {"state": "ready"}, "problem": "", "smoke": ""} for name in names},
-        "configuration": "server_name _;\n" + "".join(f"        server_name {name};\n" for name in names),
-        "page": page([{"id": name, "state": "ready"} for name in names]),
+        "answers": [{"instances": copy.deepcopy(answers)} for _ in range(count)],
+        "configurations": [configuration(names) for _ in range(count)],
+        "pages": [page([{"id": name, "state": "ready"} for name in names]) for _ in range(count)],
+        "addresses": [{"stdout": ""} for _ in range(count - 1)] + [HOLDS] if fleet["vip"] else [],
     }
 
 
-def test_a_fleet_in_which_all_agree_is_well(fleet: dict[str, Any]) -> None:
-    document = doctor_document(fleet, **seen(fleet))
-    assert (document["ok"], document["faults"], len(document["instances"])) == (True, [], 10)
+HOLDS = {"stdout": f"eth0@if42        UP             {VIP}/32 "}
+NOT_THERE = {"unreachable": True, "msg": "No route to host"}
+
+
+def configuration(names: list[str]) -> dict[str, str]:
+    """What is read of an nginx configuration that routes to instances."""
+    text = "server_name _;\n" + "".join(f"        server_name {name};\n" for name in names)
+    return {"content": b64encode(text.encode()).decode()}
+
+
+def test_a_fleet_in_which_all_agree_is_well(fleet: dict[str, Any], two: dict[str, Any]) -> None:
+    for given in (fleet, two):
+        document = doctor_document(given, **seen(given))
+        assert (document["ok"], document["faults"], len(document["instances"])) == (True, [], 10)
+    assert document["gateways"] == [{"host": "gw1", "has_vip": False}, {"host": "gw2", "has_vip": True}]
 
 
 def test_each_disagreement_is_named(fleet: dict[str, Any]) -> None:
@@ -183,9 +213,10 @@ def test_each_disagreement_is_named(fleet: dict[str, Any]) -> None:
         "gpufleet-tts-0  BACKOFF  Exited\ngpufleet-old-0  RUNNING  pid 1\nother  RUNNING  pid 2\n"
     )
     del found["programs"]["gpu02"]
-    found["answers"]["tts-gpu01-0"]["problem"] = "refused"
-    found["configuration"] = found["configuration"].replace("tts-gpu01-1", "tts-gpu09-0")
-    found["page"] = page([{"id": "tts-gpu01-0", "state": "down", "reason": "refused"}, {"id": "tts-gpu08-0"}])
+    found["answers"][0]["instances"]["tts-gpu01-0"]["problem"] = "refused"
+    names = [one["id"].replace("tts-gpu01-1", "tts-gpu09-0") for one in fleet["instances"]]
+    found["configurations"] = [configuration(names)]
+    found["pages"] = [page([{"id": "tts-gpu01-0", "state": "down", "reason": "refused"}, {"id": "tts-gpu08-0"}])]
     document = doctor_document(fleet, **found)
     assert not document["ok"]
     faults = "\n".join(document["faults"])
@@ -201,8 +232,53 @@ def test_each_disagreement_is_named(fleet: dict[str, Any]) -> None:
     assert "other" not in faults
 
 
-def test_an_agent_that_does_not_answer_is_a_fault() -> None:
+def test_of_two_gateways_each_is_looked_at(two: dict[str, Any]) -> None:
+    found = seen(two)
+    found["answers"][1]["instances"]["tts-gpu01-0"]["problem"] = "refused"
+    states = [{"id": one["id"], "state": "ready"} for one in two["instances"]]
+    states[3]["state"] = "drained"
+    found["pages"][0] = page(states)
+    document = doctor_document(two, **found)
+    drained = states[3]["id"]
+    assert document["faults"] == [
+        "tts-gpu01-0: gw2: the gateway gets no good answer: refused",
+        f"{drained}: it is drained on gw1 and not on gw2; run drain.yml or undrain.yml",
+    ]
+    row = next(row for row in document["instances"] if row["id"] == drained)
+    assert (row["page"], row["answers"], row["routed"]) == ({"gw1": "drained", "gw2": "ready"}, True, True)
+
+
+def test_a_gateway_that_is_dead_is_named_and_the_other_one_shown(two: dict[str, Any]) -> None:
+    found = seen(two)
+    for results in ("answers", "configurations", "pages", "addresses"):
+        found[results][0] = NOT_THERE
+    assert doctor_document(two, **found)["faults"] == ["gw1: this gateway cannot be asked: No route to host"]
+    document = status_document(two, found["pages"], found["addresses"])
+    assert document["ok"]
+    assert document["faults"] == ["gw1: the agent does not tell the state of the cluster: No route to host"]
+    assert len(document["instances"]) == 10
+    assert status_lines({**document, "instances": []})[-1].endswith(f"available at http://{VIP}:9999, on gw2")
+
+
+@pytest.mark.parametrize(
+    ("addresses", "fault"),
+    [
+        ([HOLDS, HOLDS], f"gw1 and gw2 have {VIP} at a time: they do not hear each other"),
+        (
+            [{"stdout": ""}, NOT_THERE],
+            f"no gateway has {VIP}: on none of those that can be asked does nginx serve and keepalived run",
+        ),
+    ],
+)
+def test_one_gateway_has_the_common_address(two: dict[str, Any], addresses: list[Any], fault: str) -> None:
+    found = {**seen(two), "addresses": addresses}
+    assert doctor_document(two, **found)["faults"] == [fault]
+    document = status_document(two, found["pages"], addresses)
+    assert (document["ok"], document["faults"]) == (False, [fault])
+
+
+def test_an_agent_that_does_not_answer_is_a_fault(fleet: dict[str, Any]) -> None:
     for silent in ({"msg": "Connection refused"}, {"content": "<html>"}, {"content": '{"error": {}}'}):
-        document = status_document(silent)
+        document = status_document(fleet, [silent], [])
         assert not document["ok"]
         assert status_lines(document)[0].startswith("the agent does not tell the state of the cluster")

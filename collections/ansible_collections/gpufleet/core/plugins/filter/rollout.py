@@ -43,7 +43,8 @@ def target(fleet: Mapping[str, Any], wanted: str | None) -> list[Entry]:
 def removable(fleet: Mapping[str, Any], host: str | None, groups: Mapping[str, Iterable[str]]) -> list[Entry]:
     """Return the instances of a host that is to be removed; none where it has left the fleet already.
 
-    :raises AnsibleFilterError: no host, one that the inventory does not know, or the last one of some service.
+    :raises AnsibleFilterError: no host, one that the inventory does not know, the last one of some service, or the
+        only gateway.
     """
     if not host:
         raise AnsibleFilterError("There is no target. Name the host to remove with -e target=….")
@@ -52,6 +53,8 @@ def removable(fleet: Mapping[str, Any], host: str | None, groups: Mapping[str, I
             f"The inventory has no host {host}, so it cannot be reached. Remove it from the fleet's groups only after "
             f"this. Hosts of the fleet: {', '.join(sorted(fleet['hosts']))}."
         )
+    if [gateway["host"] for gateway in fleet["gateways"]] == [host]:
+        raise AnsibleFilterError(f"{host} is the only gateway. Add another one first.")
     leaving = [instance for instance in fleet["instances"] if instance["host"] == host]
     left = {instance["service"] for instance in fleet["instances"] if instance["host"] != host}
     bare = sorted({instance["service"] for instance in leaving} - left)

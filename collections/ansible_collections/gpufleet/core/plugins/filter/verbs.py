@@ -5,20 +5,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 Document = dict[str, Any]
 
+DRAINED = ("draining", "drained")
+
 _SERVER_NAME = re.compile(r"^\s*server_name\s+(\S+);", re.MULTILINE)
 
 
-def status_document(page: Any) -> Document:
-    """Return what the gateway's page tells, with ``ok``; ``page`` is the result of asking for /cluster/status."""
-    told = _page(page)
-    if not told:
-        return {"ok": False, "faults": [f"the agent does not tell the state of the cluster: {_reason(page)}"]}
-    return {"ok": told.get("status") in ("healthy", "degraded"), "faults": [], **told}
+def status_document(fleet: Mapping[str, Any], pages: list[Any], addresses: list[Any]) -> Document:
+    """Return what the page tells of the gateway that clients reach, with ``ok`` and how the gateways are.
+
+    :param pages: for each gateway the result of asking it for /cluster/status.
+    :param addresses: likewise for the common address among its own; empty where there is none.
+    """
+    gateways = _gateways(fleet, addresses)
+    told = [_page(page) for page in pages]
+    holders = [page for page, gateway in zip(told, gateways) if page and gateway["has_vip"]]
+    shown = next(iter([*holders, *filter(None, told)]), {})
+    faults = [
+        f"{_whose(fleet, gateway['host'])}the agent does not tell the state of the cluster: {_reason(page)}"
+        for gateway, page, document in zip(gateways, pages, told)
+        if not document
+    ]
+    vip_faults = _vip_faults(fleet, gateways)
+    return {
+        "ok": not vip_faults and shown.get("status") in ("healthy", "degraded"),
+        "url": fleet["url"],
+        "gateways": gateways,
+        "faults": [*faults, *vip_faults],
+        **shown,
+    }
 
 
 def status_lines(document: Mapping[str, Any]) -> list[str]:
@@ -29,8 +50,10 @@ def status_lines(document: Mapping[str, Any]) -> list[str]:
         f"  {one.get('reason') or one.get('warning') or ''}".rstrip()
         for one in document.get("instances", [])
     ]
+    holders = [gateway["host"] for gateway in document["gateways"] if gateway["has_vip"]]
     total = f"{document.get('status', 'unknown')}: {document.get('available_capacity')} of "
-    return [*rows, *document["faults"], total + f"{document.get('total_capacity')} concurrent requests available"]
+    total += f"{document.get('total_capacity')} concurrent requests available at {document['url']}"
+    return [*rows, *document["faults"], total + (f", on {' and '.join(holders)}" if holders else "")]
 
 
 def with_smoke(instances: list[Mapping[str, Any]], fleet: Mapping[str, Any]) -> list[Document]:
@@ -61,54 +84,103 @@ def smoke_document(instances: list[Mapping[str, Any]], answers: Mapping[str, Any
 
 
 def doctor_document(
-    fleet: Mapping[str, Any], programs: Mapping[str, str], answers: Mapping[str, Any], configuration: str, page: Any
+    fleet: Mapping[str, Any],
+    programs: Mapping[str, str],
+    answers: list[Any],
+    configurations: list[Any],
+    pages: list[Any],
+    addresses: list[Any],
 ) -> Document:
-    """Compare what should be with what is: expected = running = answering = in the gateway = on its page.
+    """Compare what should be with what is: expected = running = answering = in the gateways = on their pages.
 
     :param programs: by host what ``supervisorctl status`` printed; hosts that could not be asked are missing.
-    :param answers: by instance what instance_check tells, asked from the gateway.
-    :param configuration: the nginx configuration of the gateway.
-    :param page: the result of asking the gateway for /cluster/status.
+    :param answers: for each gateway what instance_check tells, asked from there.
+    :param configurations: likewise the result of reading its nginx configuration.
+    :param pages: likewise that of asking it for /cluster/status.
+    :param addresses: likewise for the common address among its own; empty where there is none.
     """
-    routed = set(_SERVER_NAME.findall(configuration)) - {"_"}
-    told = {one["id"]: one for one in (_page(page) or {}).get("instances", [])}
-    rows = []
-    for instance in fleet["instances"]:
-        name, host = instance["id"], instance["host"]
-        states = _program_states(programs[host]) if host in programs else {}
-        running = (
-            states.get(instance["program"], "missing") if host in programs else "unknown, its host cannot be asked"
-        )
-        problems = [
-            "" if running == "RUNNING" else f"program {instance['program']} on {host} is {running}",
-            answers[name]["problem"] and f"the gateway gets no good answer: {answers[name]['problem']}",
-            "" if name in routed else "it is not in the gateway's nginx configuration; run site.yml",
-            _page_problem(told.get(name)),
-        ]
-        rows.append(
-            {
-                "id": name,
-                "program": running,
-                "answers": not answers[name]["problem"],
-                "routed": name in routed,
-                "page": told.get(name, {}).get("state", "missing"),
-                "problem": "; ".join(filter(None, problems)),
-            }
-        )
     expected = {instance["id"] for instance in fleet["instances"]}
+    rows = {name: {**row, "answers": True, "routed": True, "page": {}} for name, row in _running(fleet, programs)}
+    extra = []
+    gateways = _gateways(fleet, addresses)
+    for gateway, asked, read, page in zip(gateways, answers, configurations, pages):
+        host, whose = gateway["host"], _whose(fleet, gateway["host"])
+        if "instances" not in asked:
+            extra.append(f"{host}: this gateway cannot be asked: {_reason(asked)}")
+            continue
+        routed = set(_SERVER_NAME.findall(b64decode(read.get("content", "")).decode())) - {"_"}
+        told = {one["id"]: one for one in (_page(page) or {}).get("instances", [])}
+        for name, row in rows.items():
+            problem = asked["instances"][name]["problem"]
+            row["answers"] = row["answers"] and not problem
+            row["routed"] = row["routed"] and name in routed
+            row["page"][host] = told.get(name, {}).get("state", "missing")
+            row["problems"] += [
+                f"{whose}{text}"
+                for text in (
+                    problem and f"the gateway gets no good answer: {problem}",
+                    "" if name in routed else "it is not in the gateway's nginx configuration; run site.yml",
+                    _page_problem(told.get(name)),
+                )
+                if text
+            ]
+        extra += [
+            f"{name}: {whose}nobody expects it, and the gateway routes to it; run site.yml"
+            for name in sorted(routed - expected)
+        ]
+        extra += [f"{name}: {whose}nobody expects it, and it is on the page" for name in sorted(set(told) - expected)]
+    for row in rows.values():
+        drained = [host for host, state in row["page"].items() if state in DRAINED]
+        others = [host for host, state in row["page"].items() if state not in (*DRAINED, "missing")]
+        if drained and others:
+            who = f"drained on {' and '.join(drained)} and not on {' and '.join(others)}"
+            row["problems"].append(f"it is {who}; run drain.yml or undrain.yml")
+        row["problem"] = "; ".join(row.pop("problems"))
     wanted = {(instance["host"], instance["program"]) for instance in fleet["instances"]}
-    extra = [
-        f"{name}: nobody expects it, and the gateway routes to it; run site.yml" for name in sorted(routed - expected)
-    ]
-    extra += [f"{name}: nobody expects it, and it is on the page" for name in sorted(set(told) - expected)]
     extra += [
         f"{program} on {host}: nobody expects it, and it is {state}; run site.yml"
         for host in sorted(programs)
         for program, state in sorted(_program_states(programs[host]).items())
         if program.startswith("gpufleet-") and (host, program) not in wanted
     ]
-    faults = [*_faults(rows), *extra]
-    return {"ok": not faults, "instances": rows, "faults": faults}
+    instances = list(rows.values())
+    faults = [*_faults(instances), *extra, *_vip_faults(fleet, gateways)]
+    return {"ok": not faults, "instances": instances, "gateways": gateways, "faults": faults}
+
+
+def _running(fleet: Mapping[str, Any], programs: Mapping[str, str]) -> Iterator[tuple[str, Document]]:
+    """By id of each instance what Supervisor says of its program."""
+    for instance in fleet["instances"]:
+        name, host = instance["program"], instance["host"]
+        state = "unknown, its host cannot be asked"
+        if host in programs:
+            state = _program_states(programs[host]).get(name, "missing")
+        problems = [] if state == "RUNNING" else [f"program {name} on {host} is {state}"]
+        yield instance["id"], {"id": instance["id"], "program": state, "problems": problems}
+
+
+def _gateways(fleet: Mapping[str, Any], addresses: list[Any]) -> list[Document]:
+    """The gateways, and which of them has the common address."""
+    vip = fleet["vip"]["address"] if fleet["vip"] else None
+    return [
+        {"host": gateway["host"], "has_vip": vip is not None and f"{vip}/" in (found or {}).get("stdout", "")}
+        for gateway, found in zip_longest(fleet["gateways"], addresses)
+    ]
+
+
+def _vip_faults(fleet: Mapping[str, Any], gateways: list[Document]) -> list[str]:
+    holders = [gateway["host"] for gateway in gateways if gateway["has_vip"]]
+    if not fleet["vip"] or len(holders) == 1:
+        return []
+    address = fleet["vip"]["address"]
+    if holders:
+        return [f"{' and '.join(holders)} have {address} at a time: they do not hear each other"]
+    return [f"no gateway has {address}: on none of those that can be asked does nginx serve and keepalived run"]
+
+
+def _whose(fleet: Mapping[str, Any], host: str) -> str:
+    """What precedes a problem that a gateway has: its name, where there are several."""
+    return f"{host}: " if len(fleet["gateways"]) > 1 else ""
 
 
 def verdict_lines(document: Mapping[str, Any]) -> list[str]:
@@ -142,7 +214,7 @@ def _reason(page: Any) -> str:
 def _page_problem(told: Mapping[str, Any] | None) -> str:
     if told is None:
         return "it is not on the page /cluster/status; is the agent running?"
-    if told.get("state") in ("ready", "draining", "drained"):  # who drains knows
+    if told.get("state") in ("ready", *DRAINED):  # who drains knows
         return ""
     return f"the page has it as {told.get('state')}" + (f": {told['reason']}" if told.get("reason") else "")
 
