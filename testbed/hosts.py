@@ -27,8 +27,8 @@ FLEET_LABEL = "gpufleet.fleet"
 DEFINITION_LABEL = "gpufleet.definition"
 # What systemd needs to run as process 1 without privileges.
 SYSTEMD_OPTIONS = ("--tmpfs", "/run", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3")
-# A firewall of its own, as every server can have.
-FIREWALL_OPTIONS = ("--cap-add", "NET_ADMIN")
+# A firewall and addresses of its own, and programs that go before others, as every server can have.
+CAPABILITIES = ("--cap-add", "NET_ADMIN", "--cap-add", "SYS_NICE")
 CGROUP_OPTIONS = {
     # The read-only bind is not recursive: the controllers mounted below it stay writable.
     "1": ("--volume", "/sys/fs/cgroup:/sys/fs/cgroup:ro"),
@@ -200,7 +200,7 @@ def _run_container(bed: Bed, host: Host, engine: Engine, image: str, cgroups: tu
         modes["usr/local/bin/nvidia-smi"] = 0o755
     contents = tar(files, modes)
     options = ["--hostname", host.name, "--network", bed.network, "--ip", host.address, *SYSTEMD_OPTIONS]
-    options += [*FIREWALL_OPTIONS, *cgroups]
+    options += [*CAPABILITIES, *cgroups]
     options += [word for mapping in host.publish for word in ("--publish", mapping)]
     definition = hashlib.sha256(repr((image, options, contents)).encode()).hexdigest()
     label = f'{{{{.State.Status}}}} {{{{index .Config.Labels "{DEFINITION_LABEL}"}}}}'

@@ -23,7 +23,7 @@ PACKAGES = ("systemd-sysv", "openssh-server", "python3", "python3-apt", "ca-cert
 # Downloaded into apt's cache and not installed: the roles' own installation then needs no network, and where the
 # cache has aged apt fetches what is newer.
 LIKELY_PACKAGES = (
-    *("nginx", "logrotate", "supervisor", "nftables", "espeak-ng", "zstd", "git"),
+    *("nginx", "logrotate", "keepalived", "curl", "supervisor", "nftables", "espeak-ng", "zstd", "git"),
     *("prometheus", "prometheus-node-exporter", "prometheus-nginx-exporter", "prometheus-blackbox-exporter", "mtail"),
 )
 UNREAD = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")

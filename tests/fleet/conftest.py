@@ -14,6 +14,8 @@ import pytest
 import testinfra
 from testinfra.host import Host
 
+from testbed import PROJECT, hosts
+from testbed.engine import Engine, this_machine
 from testbed.fleet import Description, describe
 
 from .ledger import Event, parse
@@ -78,11 +80,38 @@ def on(description: Description) -> Iterator[Callable[[str], Host]]:
 
 
 @pytest.fixture(scope="session")
+def engine() -> Engine:
+    return this_machine()
+
+
+@pytest.fixture(scope="session")
+def container(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """`container("gpu03")` is the name of the container that is this host."""
+    bed = hosts.read_inventory(PROJECT / pytestconfig.getoption("ansible_inventory"))
+    return {host.name: bed.container(host) for host in bed.hosts}.__getitem__
+
+
+def has_vip(gateway: Host, fleet: dict[str, Any]) -> bool:
+    """Whether a gateway has the address of all."""
+    return bool(gateway.check_output("ip address show to %s", fleet["vip"]["address"]))
+
+
+@pytest.fixture
+def active(fleet: dict[str, Any], on: Callable[[str], Host]) -> str:
+    """The gateway that clients reach: the only one, or the one with the address of all."""
+    names = [gateway["host"] for gateway in fleet["gateways"]]
+    if fleet["vip"]:
+        names = [name for name in names if has_vip(on(name), fleet)]
+    (name,) = names
+    return name
+
+
+@pytest.fixture(scope="session")
 def url(fleet: dict[str, Any]) -> Callable[..., str]:
-    """`url("audio-generate")` is that path of the first service at the gateway; `url("", service=NAME)` of another."""
+    """`url("audio-generate")` is that path of the first service for clients; `url("", service=NAME)` of another."""
 
     def of(path: str, service: str = next(iter(fleet["services"]))) -> str:
-        return f"{fleet['gateways'][0]['url']}{fleet['services'][service]['route']}{path}"
+        return f"{fleet['url']}{fleet['services'][service]['route']}{path}"
 
     return of
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -35,7 +35,7 @@ def addresses_of_clients(gateway: str) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one client got: `status` is None where it hung up. Times are seconds since all began."""
+    """What one client got: `status` is None where it hung up or was cut off. Times are seconds since all began."""
 
     client: str
     status: int | None
@@ -73,7 +73,13 @@ def post_at_once(
 
 
 async def _post_at_once(
-    url: str, clients: Sequence[str], json: Mapping[str, Any], key: str, hang_up_after: float | None, seconds: float
+    url: str,
+    clients: Sequence[str],
+    json: Mapping[str, Any],
+    key: str,
+    hang_up_after: float | None,
+    seconds: float,
+    cut: tuple[type[Exception], ...] = (),
 ) -> list[Answer]:
     bearer = {"Authorization": f"Bearer {key}"} if key else {}
     start = asyncio.Event()
@@ -90,7 +96,7 @@ async def _post_at_once(
                 async with asyncio.timeout(hang_up_after):
                     answer = await session.post(url, json=json, headers=bearer)
                     status, headers, body = answer.status_code, answer.headers, answer.content
-            except TimeoutError:
+            except (TimeoutError, *cut):
                 pass
             return Answer(client, status, headers, body, began, time.monotonic() - zero)
 
@@ -105,15 +111,24 @@ async def _post_at_once(
 class SteadyLoad(Background):
     """Clients that ask one after the other for the length of a `with` block; `answers` is all that they got.
 
-    At its end every client ends its request; none is given up.
+    At its end every client ends its request; none is given up, unless `patience` says after how many seconds: then
+    a connection may also be cut. Times are those of `time.monotonic()`.
     """
 
     def __init__(
-        self, url: str, clients: Sequence[str], json: Mapping[str, Any], *, key: str = "", pause: float = 0.1
+        self,
+        url: str,
+        clients: Sequence[str],
+        json: Mapping[str, Any],
+        *,
+        key: str = "",
+        pause: float = 0.1,
+        patience: float | None = None,
     ) -> None:
         super().__init__()
         self.answers: list[Answer] = []
         self._url, self._clients, self._json, self._key, self._pause = url, clients, json, key, pause
+        self._patience, self._cut = patience, () if patience is None else (httpx.TransportError,)
 
     def work(self) -> None:
         asyncio.run(self._run())
@@ -125,6 +140,8 @@ class SteadyLoad(Background):
 
     async def _ask_on(self, client: str) -> None:
         while not self.ending.is_set():
-            (answer,) = await _post_at_once(self._url, [client], self._json, self._key, None, 60)
-            self.answers.append(answer)
+            zero = time.monotonic()
+            how = (self._key, self._patience, 60, self._cut)
+            (answer,) = await _post_at_once(self._url, [client], self._json, *how)
+            self.answers.append(replace(answer, began=zero + answer.began, ended=zero + answer.ended))
             await asyncio.sleep(self._pause)

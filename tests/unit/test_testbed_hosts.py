@@ -47,7 +47,7 @@ def test_the_simulated_driver_lists_cards_and_refuses_the_rest(tmp_path: Path) -
 @pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda inventory: str(inventory.relative_to(PROJECT)))
 def test_inventories_of_the_project_ask_for_a_test_bed(inventory: Path) -> None:
     bed = read_inventory(inventory)
-    assert [host.name for host in bed.hosts if not host.cards] == ["gw"]
+    assert {host.name.rstrip("12") for host in bed.hosts if not host.cards} == {"gw"}
     assert len({host.address for host in bed.hosts}) == len(bed.hosts)
 
 

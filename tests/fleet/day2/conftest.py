@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from testbed import PROJECT, hosts
-from testbed.engine import Engine, this_machine
+from testbed import PROJECT
 
 from ..background import Background
 from ..ledger import SMOKE, peaks, runs
@@ -51,18 +50,6 @@ def original_inventory(inventory: Inventory) -> None:
 @pytest.fixture(scope="session")
 def page(fleet: dict[str, Any]) -> Page:
     return Page(fleet["gateways"][0]["url"])
-
-
-@pytest.fixture(scope="session")
-def engine() -> Engine:
-    return this_machine()
-
-
-@pytest.fixture(scope="session")
-def container(inventory: Inventory) -> Callable[[str], str]:
-    """`container("gpu03")` is the name of the container that is this host."""
-    bed = hosts.read_inventory(inventory.original)
-    return {host.name: bed.container(host) for host in bed.hosts}.__getitem__
 
 
 @pytest.fixture

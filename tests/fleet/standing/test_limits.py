@@ -80,13 +80,13 @@ def test_a_reload_under_load_admits_nothing_more(
     seats: int,
     slots: dict[str, int],
     ledger: Callable[[], list[Any]],
-    gateway: dict[str, Any],
+    active: str,
     on: Callable[[str], Host],
 ) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(ask, seats)
         time.sleep(0.5)
-        assert on(gateway["host"]).run("systemctl reload nginx").rc == 0
+        assert on(active).run("systemctl reload nginx").rc == 0
         second = ask(seats)
         assert statuses(first.result()) == {200: seats}
     assert statuses(second) == {503: seats}
@@ -115,21 +115,21 @@ def test_the_access_log_names_client_card_and_times(
     ask: Callable[..., list[Answer]],
     client_addresses: list[str],
     service: dict[str, Any],
-    gateway: dict[str, Any],
+    active: str,
     on: Callable[[str], Host],
 ) -> None:
     (answer,) = ask(1)
-    line = on(gateway["host"]).run("grep -F %s /var/log/nginx/%s_access.log", answer.request, service["name"]).stdout
+    line = on(active).run("grep -F %s /var/log/nginx/%s_access.log", answer.request, service["name"]).stdout
     assert line.startswith(client_addresses[0])
     for part in (f"/{service['name']}-gpu", "upstream_status=200", "request_time=", "connections_active="):
         assert part in line
 
 
 def test_a_rotated_log_is_written_on_under_its_name(
-    ask: Callable[..., list[Answer]], service: dict[str, Any], gateway: dict[str, Any], on: Callable[[str], Host]
+    ask: Callable[..., list[Answer]], service: dict[str, Any], active: str, on: Callable[[str], Host]
 ) -> None:
     """By the rules of the distribution, which name no file of ours."""
-    host, log = on(gateway["host"]), f"/var/log/nginx/{service['name']}_access.log"
+    host, log = on(active), f"/var/log/nginx/{service['name']}_access.log"
     (before,) = ask(1)
     assert host.run("logrotate --force /etc/logrotate.d/nginx").rc == 0
     (after,) = ask(1)
