@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from ansible_collections.gpufleet.core.plugins.module_utils.entrance import ACME_FIELDS, KEY_FIELDS, TLS_FIELDS
+from ansible_collections.gpufleet.core.plugins.module_utils.entrance import (
+    ACME_FIELDS,
+    KEY_FIELDS,
+    TLS_FIELDS,
+    VIP_FIELDS,
+)
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import (
     CODE_FIELDS,
     GPU_FIELDS,
@@ -70,6 +75,7 @@ def fields() -> dict[str, dict[str, Setting]]:
         "fleet_monitoring_group": parameters["monitoring_group"].default,
         "gateway_tls": None,
         "api_keys": None,
+        "gateway_vip": None,
     }
     defaults: dict[str, Mapping[str, Any]] = {
         "cluster": cluster,
@@ -81,6 +87,7 @@ def fields() -> dict[str, dict[str, Setting]]:
         "tls": TLS_FIELDS,
         "acme": _first_required(ACME_FIELDS),
         "api_keys": _first_required(KEY_FIELDS),
+        "vip": _first_required(VIP_FIELDS),
     }
     return {table: {name: Setting(value) for name, value in rows.items()} for table, rows in defaults.items()}
 
