@@ -17,7 +17,7 @@ LAYERS := lint unit templates molecule-default molecule-mixed
 
 .PHONY: help
 help: ## List these targets
-	@sed -nE 's/^([a-z0-9 -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 48
+	@sed -nE 's/^([a-z0-9 -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 68
 
 ##### Demo
 
@@ -49,7 +49,7 @@ test: $(VENV) ## Run the test layers, one after the other
 
 .PHONY: test-all
 test-all: $(VENV) ## Run them, and a fleet through every day with clients asking: what CI runs
-	@python -m testbed.layers $(LAYERS) molecule-day2
+	@python -m testbed.layers $(LAYERS) molecule-container molecule-day2
 
 .PHONY: lint
 lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
@@ -67,8 +67,8 @@ unit: $(VENV) ## Layer 2: Python, refused inventories, modules
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
 	pytest --quiet --numprocesses=4 --dist=worksteal tests/templates
 
-.PHONY: molecule-default molecule-mixed molecule-day2
-molecule-default molecule-mixed molecule-day2: molecule-%: envs ## Layers 4 to 6: real hosts, from bare to serving, through every day, and gone again
+.PHONY: molecule-default molecule-mixed molecule-container molecule-day2
+molecule-default molecule-mixed molecule-container molecule-day2: molecule-%: envs ## Layers 4 to 7: real hosts, from bare to serving, through every day, and gone again
 	molecule test --no-command-borders --scenario-name $*
 
 .PHONY: faults

@@ -2,7 +2,8 @@
 
 The inventory says everything: the hosts and their addresses (`ansible_host`), their GPUs (`gpu_count` or `gpus`), and
 the test bed's own variables `testbed_fleet` (a name), `testbed_subnet` and, per host, `testbed_publish` (a list of
-docker port mappings). Ansible reads it, so groups and group_vars count as they do in a rollout.
+docker port mappings) and `testbed_engine` (whether it has a Docker engine of its own, in which `debian:bookworm` is
+the host's own system). Ansible reads it, so groups and group_vars count as they do in a rollout.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 from testbed import PROJECT, STATE
 from testbed.engine import Engine
+from testbed.image import with_engine
 from testbed.shell import CommandFailed, provide, run, tar
 
 BOOT_SECONDS = 60
@@ -29,6 +31,16 @@ DEFINITION_LABEL = "gpufleet.definition"
 SYSTEMD_OPTIONS = ("--tmpfs", "/run", "--tmpfs", "/run/lock", "--stop-signal", "SIGRTMIN+3")
 # A firewall and addresses of its own, and programs that go before others, as every server can have.
 CAPABILITIES = ("--cap-add", "NET_ADMIN", "--cap-add", "SYS_NICE")
+# What an engine in a host needs. Not all privileges: a virtual machine may lack SYS_RESOURCE itself.
+ENGINE_OPTIONS = (
+    *("--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE", "--volume", "/var/lib/docker"),
+    *(word for name in ("seccomp", "apparmor", "systempaths") for word in ("--security-opt", f"{name}=unconfined")),
+)
+# Its only image, which no registry has to give: what the host itself has, without the engine.
+ENGINE_IMAGE = "debian:bookworm"
+IMPORT = f"""docker image inspect {ENGINE_IMAGE} >/dev/null 2>&1 || tar --create --directory=/ --one-file-system \\
+    --exclude='./usr/*bin/docker*' --exclude='./usr/bin/containerd*' --exclude='./var/cache/apt/*' . \\
+    | docker import - {ENGINE_IMAGE}"""
 CGROUP_OPTIONS = {
     # The read-only bind is not recursive: the controllers mounted below it stay writable.
     "1": ("--volume", "/sys/fs/cgroup:/sys/fs/cgroup:ro"),
@@ -46,12 +58,13 @@ class BedFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Host:
-    """A host to be: `cards` are the UUIDs of its simulated GPUs, `publish` docker port mappings."""
+    """A host to be: `cards` are the UUIDs of its simulated GPUs, `publish` docker port mappings, `engine` its own."""
 
     name: str
     address: str
     cards: tuple[str, ...] = ()
     publish: tuple[str, ...] = ()
+    engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ def read_inventory(inventory: Path) -> Bed:
             address=values["ansible_host"],
             cards=simulated_cards(f"{shared['testbed_fleet']}/{name}", values),
             publish=tuple(values.get("testbed_publish", ())),
+            engine=values.get("testbed_engine", False),
         )
         for name, values in sorted(variables.items())
     )
@@ -144,6 +158,8 @@ def up(bed: Bed, engine: Engine, image: str) -> dict[str, str]:
     def bring_up(host: Host) -> str:
         done = _run_container(bed, host, engine, image, cgroups)
         _wait_until_booted(bed, host)
+        if host.engine:
+            ssh(bed, host, IMPORT, seconds=120)
         return done
 
     return dict(zip((host.name for host in bed.hosts), _side_by_side(bring_up, bed.hosts), strict=True))
@@ -201,6 +217,9 @@ def _run_container(bed: Bed, host: Host, engine: Engine, image: str, cgroups: tu
     contents = tar(files, modes)
     options = ["--hostname", host.name, "--network", bed.network, "--ip", host.address, *SYSTEMD_OPTIONS]
     options += [*CAPABILITIES, *cgroups]
+    if host.engine:
+        image = with_engine(engine, image)
+        options += ENGINE_OPTIONS
     options += [word for mapping in host.publish for word in ("--publish", mapping)]
     definition = hashlib.sha256(repr((image, options, contents)).encode()).hexdigest()
     label = f'{{{{.State.Status}}}} {{{{index .Config.Labels "{DEFINITION_LABEL}"}}}}'

@@ -26,6 +26,7 @@ LIKELY_PACKAGES = (
     *("nginx", "logrotate", "keepalived", "curl", "supervisor", "nftables", "espeak-ng", "zstd", "git"),
     *("prometheus", "prometheus-node-exporter", "prometheus-nginx-exporter", "prometheus-blackbox-exporter", "mtail"),
 )
+ENGINE_PACKAGES = ("docker.io", "docker-compose", "iptables")
 UNREAD = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 # Host keys are made per host; a key baked into an image would be the same on all of them.
 CUSTOMIZE = (
@@ -65,11 +66,22 @@ def build(engine: Engine) -> str:
         run("env", f"TMPDIR={scratch}", *command, SUITE, str(archive), seconds=1200)
         engine.docker("import", "--change", 'CMD ["/sbin/init"]', str(archive), name)
     for other in engine.docker("images", "--format", "{{.Repository}}:{{.Tag}}", REPOSITORY).split():
-        if other != name:
+        if not other.startswith(name):
             # Refused, and rightly, while a host of the older recipe exists.
             with contextlib.suppress(CommandFailed):
                 engine.docker("rmi", other)
     return name
+
+
+def with_engine(engine: Engine, name: str) -> str:
+    """Have a host image in the engine that has a Docker engine of its own besides, and return its name."""
+    install = f"apt-get update && apt-get install --yes --no-install-recommends {' '.join(ENGINE_PACKAGES)}"
+    recipe = f"FROM {name}\nRUN {install}\n"
+    whole = f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not engine.docker("images", "--quiet", whole).strip():
+        print(f"building the host image {whole}", flush=True)
+        engine.docker("build", "--tag", whole, "-", send=recipe.encode(), seconds=600)
+    return whole
 
 
 def tag() -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from ansible_collections.gpufleet.core.plugins.module_utils.entrance import (
     ACME_FIELDS,
+    CONTAINER_FIELDS,
     KEY_FIELDS,
     TLS_FIELDS,
     VIP_FIELDS,
@@ -73,6 +74,7 @@ def fields() -> dict[str, dict[str, Setting]]:
         "fleet_gpu_group": parameters["gpu_group"].default,
         "fleet_gateway_group": parameters["gateway_group"].default,
         "fleet_monitoring_group": parameters["monitoring_group"].default,
+        "gateway_container": None,
         "gateway_tls": None,
         "api_keys": None,
         "gateway_vip": None,
@@ -84,6 +86,7 @@ def fields() -> dict[str, dict[str, Setting]]:
         "services": SERVICE_FIELDS,
         "code": _first_required(CODE_FIELDS),
         "smoke": _first_required(SMOKE_FIELDS),
+        "container": CONTAINER_FIELDS,
         "tls": TLS_FIELDS,
         "acme": _first_required(ACME_FIELDS),
         "api_keys": _first_required(KEY_FIELDS),

@@ -1,4 +1,4 @@
-"""TLS and API keys in the derivation, and the tool that makes keys."""
+"""Container, TLS and API keys in the derivation, and the tool that makes keys."""
 
 import re
 import subprocess
@@ -18,6 +18,7 @@ GOOD = {
     "api_keys": {"alice": {"hashes": [HASH], "in_flight": 4, "services": ["tts"]}},
     "gateway_vip": {"address": "10.0.0.9", "interface": "eth0", "router_id": 7},
 }
+CONTAINER = {"gateway_container": {"base_image": "debian:bookworm", "publish": 9080}}
 ACME = {"gateway_tls": {"acme": {"names": ["tts.example.org"], "authority": "https://ca.example.org/directory"}}}
 
 
@@ -33,6 +34,8 @@ def test_without_either_a_gateway_is_as_it_always_was():
         assert fleet["faults"] == []
         assert (fleet["tls"], fleet["api_keys"], fleet["ports"], fleet["vip"]) == (None, {}, [9999], None)
         assert fleet["url"] == fleet["gateways"][0]["url"] == "http://10.0.0.100:9999"
+        assert fleet["container"] is None
+        assert fleet["nginx"]["configuration"] == "/etc/nginx/nginx.conf"
         assert set(fleet["zones"]) == {"instance", "service", "client", "client_work"}
 
 
@@ -81,6 +84,21 @@ def test_the_gateway_listens_at_no_other_ports(given, ports):
     assert (fleet["faults"], fleet["ports"]) == ([], ports)
 
 
+@pytest.mark.parametrize(
+    ("container", "tls", "ports", "url"),
+    [
+        ({"publish": 9080}, {}, [9080], "http://10.0.0.100:9080"),
+        ({}, {}, [9999], "http://10.0.0.100:9999"),
+        ({"publish": 9080}, {**GOOD["gateway_tls"], "redirect": True}, [9080, 443], "https://10.0.0.100:443"),
+    ],
+)
+def test_clients_of_a_container_come_to_the_port_that_its_host_publishes(container, tls, ports, url):
+    fleet = behind({"gateway_container": {"image": "nginx", **container}, "gateway_tls": tls})
+    assert (fleet["faults"], fleet["ports"], fleet["port"]) == ([], ports, 9999)
+    assert fleet["gateways"][0]["url"] == url
+    assert fleet["nginx"]["configuration"] == "/etc/gpufleet-gateway/nginx.conf"
+
+
 def test_the_fleet_holds_no_key():
     """It is a fact of every host; certificate and key are read where they are needed."""
     fleet = behind({"gateway_tls": {"certificate": "-----BEGIN C", "key": "-----BEGIN K"}})
@@ -99,13 +117,13 @@ def test_each_limit_that_keys_have_is_counted_for_itself():
 @settings(max_examples=200)
 @given(
     st.one_of(
-        spoilt(GOOD),
-        spoilt(ACME),
-        st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK, "gateway_vip": JUNK}),
+        *map(spoilt, (GOOD, ACME, CONTAINER)),
+        st.fixed_dictionaries({"gateway_tls": JUNK, "api_keys": JUNK, "gateway_vip": JUNK, "gateway_container": JUNK}),
     )
 )
 @example(GOOD)
 @example(ACME)
+@example(CONTAINER)
 def test_anything_is_refused_or_can_stand_in_a_configuration(entrance):
     fleet = behind(entrance)
     assert_refused_or_consistent(fleet)
@@ -119,7 +137,9 @@ def test_anything_is_refused_or_can_stand_in_a_configuration(entrance):
     assert all(PLAIN.fullmatch(text) for text in (vip["address"], vip["interface"] or "x"))
     assert 0 < vip["router_id"] < 256
     acme = (fleet["tls"] or {}).get("acme") or {"names": []}
-    assert all(PLAIN.fullmatch(text) for text in (*acme["names"], acme.get("authority", "x")))
+    container = fleet["container"] or {}
+    images = [container[name] for name in ("image", "base_image") if container.get(name)]
+    assert all(PLAIN.fullmatch(text) for text in (*acme["names"], acme.get("authority", "x"), *images))
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,10 @@ def test_the_gateways_port_may_be_held_by_our_nginx_only() -> None:
     assert host_check.port_faults([], [80, 9999], nginx, None, True) == []
     assert host_check.port_faults([], [9999], {80: nginx[9999]}, None, False) == []
     assert "taken by nginx (3), nginx (4)" in host_check.port_faults([], [80, 9999], nginx, None, False)[0]
+    assert host_check.port_faults([], [9999], {9999: [Listener(0, ("docker-proxy (6)",))]}, None, True) == []
     assert host_check.port_faults([], [80, 9999], haproxy, None, True) == [
-        "port of the gateway = 9999: taken by haproxy (5). Stop it, or move fleet_port or gateway_tls.port."
+        "port of the gateway = 9999: taken by haproxy (5). "
+        "Stop it, or move fleet_port, gateway_container.publish or gateway_tls.port."
     ]
 
 
@@ -222,6 +224,31 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> 
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("docker", "others", "faults"),
+    [
+        ("exit 0", [], []),
+        ("[ $1 != compose ]", ["docker-compose"], []),
+        ("[ $1 != compose ]", [], ["Docker has no compose"]),
+        ("exit 1", ["docker-compose"], ["no Docker engine answers"]),
+    ],
+)
+def test_a_container_needs_an_engine_and_its_compose(
+    docker: str,
+    others: list[str],
+    faults: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("docker", *others):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{docker}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = [line for line in run(capsys, gateway_image="nginx").get("faults", []) if "gateway_container" in line]
+    assert [line.split("'nginx': ")[1].split(". ")[0] for line in found] == faults
 
 
 def test_all_faults_of_a_host_come_in_one_message(

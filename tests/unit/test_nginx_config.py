@@ -1,4 +1,7 @@
-"""The module that switches nginx: one rename for the configuration and its secrets, and all put back on failure."""
+"""The module that switches nginx: one rename for the configuration and its secrets, and all put back on failure.
+
+And the two places where nginx can be, of which one takes over from the other.
+"""
 
 import contextlib
 import json
@@ -18,6 +21,34 @@ key=$(sed -n 's/^key \\([^;]*\\);.*/\\1/p' "$2")
 """
 
 
+# An engine in files: `image` is there once it was built, `running` while the container is; both hold the image's id.
+DOCKER = """#!/bin/sh
+cd {root}
+echo "docker $*" >> seen
+case "$*" in
+    "compose version") exit 1 ;;
+    "container inspect --format {{{{.State.Running}}}} {{{{.Image}}}} "*) echo "true $(cat running)" ;;
+    "container inspect "*) cat running ;;
+    "image inspect "*) cat image ;;
+    "images "*) echo "$(cat built)" ;;
+    "rm "*) rm running ;;
+    "rmi "*) rm built image ;;
+esac
+"""
+COMPOSE = """#!/bin/sh
+cd {root}
+shift 4
+echo "compose $*" >> seen
+case "$1" in
+    build) [ ! -e no_build ] || {{ echo "no such base image" >&2; exit 1; }}
+        echo ours:1 > built; echo id > image ;;
+    run) shift 8; exec nginx -c "$1" ;;
+    up) cp image running ;;
+esac
+"""
+CONTAINER = {"image": "ours:1", "compose": "compose", "dockerfile": "FROM base", "logrotate": "rule"}
+
+
 class Host:
     """A machine below a folder: its nginx serves what is in its file, unless it is told to go on as before."""
 
@@ -25,6 +56,7 @@ class Host:
         self.conf, self.secrets = root / "etc/nginx.conf", root / "etc/gpufleet"
         self.conf.parent.mkdir()
         self.conf.write_text("as the distribution has it")
+        self.root, self.container = root, root / "container"
         self.deaf = root / "deaf"
         self.seen = root / "seen"
         bin_folder = root / "bin"
@@ -33,6 +65,8 @@ class Host:
             "nginx": NGINX,
             "systemd-tmpfiles": "#!/bin/sh\n",
             "systemctl": f'#!/bin/sh\necho "$@" >> {self.seen}\n',
+            "docker": DOCKER.format(root=root),
+            "docker-compose": COMPOSE.format(root=root),
         }
         for name, text in programs.items():
             (bin_folder / name).write_text(text)
@@ -42,18 +76,21 @@ class Host:
         monkeypatch.setattr(nginx_config, "TMPFILES", root / "tmpfiles.conf")
         monkeypatch.setattr(nginx_config, "UNIT_OVERRIDE", root / "unit.conf")
         monkeypatch.setattr(nginx_config, "SECRETS", self.secrets)
+        monkeypatch.setattr(nginx_config, "CONTAINER", self.container)
+        monkeypatch.setattr(nginx_config, "LOGROTATE", root / "logrotate.conf")
         monkeypatch.setattr(nginx_config, "served_digest", self.served)
         self._capsys = capsys
 
     def served(self, _):
         """The digest of what nginx serves."""
-        words = self.conf.read_text().split("digest ")
+        conf = self.container / "nginx.conf" if (self.root / "running").exists() else self.conf
+        words = conf.read_text().split("digest ")
         return words[1].split(";")[0] if len(words) > 1 and not self.deaf.exists() else None
 
-    def run(self, secrets, text="", check=False):
+    def run(self, secrets, text="", check=False, **more):
         """Run the module; return its result, as it prints it too."""
         arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets, "control_socket": "/x"}
-        arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check}
+        arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check, **more}
         if not secrets:
             arguments["configuration"] = arguments["configuration"].replace("key @SECRETS@/key.pem; ", "")
         self._capsys.readouterr()
@@ -135,3 +172,67 @@ def test_check_mode_judges_and_leaves_no_trace(host):
     assert result["changed"] and not result.get("failed")
     assert host.run({"key.pem": "bad"}, check=True)["failed"]
     assert (host.conf.read_text(), host.kept()) == before
+
+
+def order(host, *words):
+    """What was done, by the first of these words that each line has."""
+    lines = host.seen.read_text().splitlines()
+    host.seen.unlink()
+    return [next(word for word in words if word in line) for line in lines if any(word in line for word in words)]
+
+
+def files(host):
+    return {path.name for path in host.root.rglob("*") if path.is_file() and path.parent.name != "bin"} - {"seen"}
+
+
+def test_a_container_takes_over_once_its_nginx_has_judged_and_leaves_as_it_came(host):
+    host.run({"key.pem": "good 1"})
+    steps = (
+        "disable --now",
+        "compose build",
+        "compose run",
+        "compose up",
+        "-s reload",
+        "docker stop",
+        "docker rmi",
+        "reload-or",
+    )
+    order(host, *steps)
+    assert host.run({"key.pem": "good 1"}, container=CONTAINER)["changed"]
+    assert order(host, *steps) == ["compose build", "compose run", "disable --now", "compose up"]
+    assert not host.conf.exists() and not host.secrets.exists()
+    assert "nginx.conf" in files(host) and "unit.conf" not in files(host)
+    assert not host.run({"key.pem": "good 1"}, container=CONTAINER)["changed"]
+
+    assert host.run({"key.pem": "good 2"}, container=CONTAINER)["changed"]
+    assert order(host, *steps) == ["compose run", "compose up", "-s reload"]
+
+    assert host.run({"key.pem": "good 2"})["changed"]
+    assert order(host, *steps) == ["docker stop", "reload-or", "docker rmi"]
+    assert not host.container.exists()
+    assert files(host) == {"nginx.conf", "key.pem", "tmpfiles.conf", "unit.conf"}
+
+
+@pytest.mark.parametrize("trouble", ["no_build", "deaf"])
+def test_where_the_container_does_not_come_up_the_host_s_nginx_goes_on(host, trouble):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept(), files(host) | {trouble})
+    (host.root / trouble).touch()
+    result = host.run({"key.pem": "good 1"}, container=CONTAINER)
+    assert result["failed"] and "keeps its old configuration" in result["msg"]
+    assert (host.conf.read_text(), host.kept(), files(host) - {"built", "image"}) == before
+    assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_a_container_that_is_not_there_any_more_or_of_an_older_image_is_a_change(host):
+    host.run({}, container=CONTAINER)
+    for file, text in (("running", "other"), ("image", "newer")):
+        (host.root / file).write_text(text)
+        assert host.run({}, container=CONTAINER)["changed"]
+        assert (host.root / "running").read_text() == (host.root / "image").read_text()
+
+
+def test_of_somebody_else_s_nginx_nothing_is_touched(host):
+    assert host.run({}, container=CONTAINER)["changed"]
+    assert host.conf.read_text() == "as the distribution has it"
+    assert "disable" not in host.seen.read_text()

@@ -1,5 +1,5 @@
 # Copyright gpufleet contributors. Licensed under the Apache License 2.0.
-"""How clients come in, as the inventory describes it: address, TLS, API keys, and what the gateway counts. Pure.
+"""How clients come in, as the inventory describes it: address, container, TLS, API keys, what the gateway counts. Pure.
 
 A key is LABEL.ID.SECRET. The inventory has its hash only, LABEL.ID.DIGEST: with the label a hash that was pasted below
 another one is noticed, and with the id nginx knows which of a label's hashes to compare with.
@@ -18,6 +18,7 @@ from typing import Any
 from ansible_collections.gpufleet.core.plugins.module_utils.faults import HIDDEN, Faults, whole_number
 
 TLS_VARIABLE, KEYS_VARIABLE, VIP_VARIABLE = "gateway_tls", "api_keys", "gateway_vip"
+CONTAINER_VARIABLE = "gateway_container"
 ABSENT = object()
 
 #: The fields of gateway_tls and their defaults: either certificate and key, or acme.
@@ -34,6 +35,19 @@ LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 ACME_PORT = 80  # RFC 8555, 8.3: there the certificate authority looks for the answer to its challenge
 KEY_FIELDS = ("hashes", "in_flight", "services")
 VIP_FIELDS = ("address", "interface", "router_id")
+#: The fields of gateway_container and their defaults: either image or base_image.
+CONTAINER_FIELDS: dict[str, Any] = {"image": None, "base_image": None, "publish": None}
+#: Where nginx has its files on a gateway; in a container under the same paths, beside which the host may have its own.
+NATIVE_NGINX = {
+    "configuration": "/etc/nginx/nginx.conf",
+    "pid_file": "/run/nginx.pid",
+    "log_directory": "/var/log/nginx",
+}
+CONTAINER_NGINX = {
+    "configuration": "/etc/gpufleet-gateway/nginx.conf",
+    "pid_file": "/run/gpufleet-gateway/nginx.pid",
+    "log_directory": "/var/log/gpufleet-gateway",
+}
 
 # To be matched in full, as in module_utils.fleet.
 _LABEL = r"[a-z](?:[a-z0-9_-]{0,30}[a-z0-9])?"
@@ -45,6 +59,7 @@ _HASH = re.compile(rf"(?P<label>{_LABEL})\.(?P<id>{_ID})\.(?P<digest>{_DIGEST})"
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
 _URL = re.compile(r"https://[A-Za-z0-9._~:/\[\]-]+")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._/:@-]*")
 
 
 def hash_of(key: str) -> str:
@@ -161,6 +176,48 @@ def tls(given: Any, port: int, gateways: int, faults: Faults) -> dict[str, Any] 
         "hsts_seconds": wanted["hsts_seconds"],
         "acme": acme,
     }
+
+
+def container(
+    given: Any, port: int, tls: Mapping[str, Any] | None, monitored: bool, faults: Faults
+) -> dict[str, Any] | None:
+    """The container that nginx runs in, or None where it runs natively.
+
+    It is in the host's own network unless `publish` is given: then that port of the host leads to ``port``, that of
+    plain HTTP, and all others are the same inside and outside.
+    """
+    if given is ABSENT or given is None:
+        return None
+    if not isinstance(given, Mapping):
+        faults.add("all", CONTAINER_VARIABLE, given, "not a mapping", "Give {base_image: IMAGE} or {image: IMAGE}")
+        return None
+    for name in set(given) - set(CONTAINER_FIELDS):
+        faults.unknown_key("all", f"{CONTAINER_VARIABLE}.", name, given[name], CONTAINER_FIELDS)
+    images = {name: given[name] for name in ("image", "base_image") if given.get(name) is not None}
+    if len(images) != 1:
+        problem = "image is given too, and one would be ignored" if images else "neither this nor image"
+        remedy = "Give image to run, or base_image to build one from"
+        faults.add("all", f"{CONTAINER_VARIABLE}.base_image", images.get("base_image"), problem, remedy)
+    for name, image in images.items():
+        if not isinstance(image, str) or not _IMAGE.fullmatch(image):
+            remedy = "Write it as docker pull takes it"
+            faults.add("all", f"{CONTAINER_VARIABLE}.{name}", image, "not the name of an image", remedy)
+    if tls is not None and tls["acme"] is not None:
+        problem = "the renewal of its certificate would not reach into the container"
+        faults.add("all", f"{TLS_VARIABLE}.acme", tls["acme"]["names"], problem, "Give certificate and key")
+    publish, variable = given.get("publish"), f"{CONTAINER_VARIABLE}.publish"
+    if publish is not None:
+        remedy = f"Give the port of the host that leads to {port}"
+        publish = whole_number(publish, 1, 65535, faults, "all", variable, remedy)
+    if publish is not None and tls is not None and port not in tls["plain_ports"]:
+        problem = "nobody listens at fleet_port with gateway_tls.redirect: false"
+        faults.add("all", variable, publish, problem, "Leave it out")
+    elif publish is not None and tls is not None and publish in {tls["port"], *tls["plain_ports"]} - {port}:
+        faults.add("all", variable, publish, "the gateway has this port already", "Give another one")
+    if publish is not None and monitored:
+        problem = "a container with a network of its own does not reach the exporters of its host"
+        faults.add("all", variable, publish, problem, "Leave it out, and clients come to fleet_port")
+    return {"image": images.get("image"), "base_image": images.get("base_image"), "publish": publish}
 
 
 def _refuse_no_text(value: Any, variable: str, faults: Faults) -> None:

@@ -109,7 +109,7 @@ def derive(
     :param services: services by name, fields as in :data:`SERVICE_FIELDS`.
     :param groups: Ansible's ``groups``: host names by group name.
     :param hostvars: Ansible's ``hostvars``; read are ``gpu_count``, ``gpus``, ``fleet_address`` and ``ansible_host``,
-        of the gateways ``gateway_tls``, ``api_keys`` and ``gateway_vip``.
+        of the gateways ``gateway_tls``, ``api_keys``, ``gateway_vip`` and ``gateway_container``.
     :param conda_envs: conda environments by name, each with the folder of its ``lock``.
     :param gpu_group: the group of the GPU servers.
     :param gateway_group: the group of the gateways.
@@ -117,8 +117,8 @@ def derive(
     :param monitoring_group: the group of the hosts with Prometheus, which may be empty or not there.
     :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
         ``gateways`` with their capacities in concurrent requests, ``monitoring``, how clients come in (``url``,
-        ``vip`` or None, ``ports``, ``tls`` or None, ``api_keys``), and ``faults``. With faults the rest is a best
-        effort that must not be rolled out.
+        ``vip`` or None, ``ports``, ``tls`` or None, ``api_keys``), the gateways' ``container`` or None, where ``nginx``
+        has its files, and ``faults``. With faults the rest is a best effort that must not be rolled out.
     """
     faults = Faults()
     gateways = _known_by_ip(groups, hostvars, gateway_group, GATEWAY_BY_IP, faults)
@@ -126,12 +126,19 @@ def derive(
         faults.add("inventory", f"group {gateway_group}", [], "there is no gateway", "Put the gateway's host into it")
     monitoring = _known_by_ip(groups, hostvars, monitoring_group, MONITORING_BY_IP, faults)
     port = whole_number(port, 1, 65535, faults, "all", "fleet_port", "Give the gateway's TCP port") or DEFAULT_PORT
-    given_tls, given_keys, given_vip = (
+    given_tls, given_keys, given_vip, given_container = (
         entrance.of_gateways(variable, [gateway["host"] for gateway in gateways], hostvars, faults)
-        for variable in (entrance.TLS_VARIABLE, entrance.KEYS_VARIABLE, entrance.VIP_VARIABLE)
+        for variable in (
+            entrance.TLS_VARIABLE,
+            entrance.KEYS_VARIABLE,
+            entrance.VIP_VARIABLE,
+            entrance.CONTAINER_VARIABLE,
+        )
     )
     tls = entrance.tls(given_tls, port, len(gateways), faults)
-    ports = [port] if tls is None else [*tls["plain_ports"], tls["port"]]
+    container = entrance.container(given_container, port, tls, bool(monitoring), faults)
+    published = container["publish"] if container and container["publish"] else port
+    ports = [published] if tls is None else [*(published if p == port else p for p in tls["plain_ports"]), tls["port"]]
     members = {*groups.get(gpu_group, ()), *(entry["host"] for entry in (*gateways, *monitoring))}
     owners = {str(hostvars[host].get(name)): host for host in sorted(members) for name in ADDRESS_VARIABLES}
     vip = entrance.vip(given_vip, gateways, owners, faults)
@@ -152,6 +159,8 @@ def derive(
         for gpu in gpus[host]
     ]
     listened = {**dict.fromkeys(ports, "fleet_port"), **({} if tls is None else {tls["port"]: "gateway_tls.port"})}
+    if published != port:
+        listened[published] = "gateway_container.publish"
     _refuse_collisions(instances, gateways, listened, _monitoring_listeners(gpus, gateways, monitoring), faults)
     api_keys = entrance.api_keys(given_keys, known_services, faults)
     for name, service in known_services.items():
@@ -179,6 +188,8 @@ def derive(
         "ports": ports,
         "tls": tls,
         "api_keys": api_keys,
+        "container": container,
+        "nginx": entrance.NATIVE_NGINX if container is None else entrance.CONTAINER_NGINX,
         "zones": entrance.zones(api_keys),
         "run_directory": RUN_DIRECTORY,
         "drain_directory": DRAIN_DIRECTORY,

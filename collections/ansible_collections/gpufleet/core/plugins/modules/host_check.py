@@ -40,6 +40,8 @@ options:
     type: list
     elements: int
     default: []
+  gateway_image:
+    description: Image of the container that the host's gateway runs in, or what it is built from.
   vip_beside:
     description: The gateway's own address; on its network interface it shall have another one at times.
     type: str
@@ -101,7 +103,9 @@ PYTHON = (3, 9)
 GIGABYTE = 1 << 30
 #: Where distributions let the accounts of people begin: UID_MIN of login.defs.
 FIRST_PERSON = 1000
-GATEWAY_CONFIGURATION = Path("/etc/nginx/nginx.conf")
+GATEWAY_CONFIGURATIONS = (Path("/etc/nginx/nginx.conf"), Path("/etc/gpufleet-gateway/nginx.conf"))
+#: Who may hold a port of our own gateway: nginx itself, or what leads into its container.
+GATEWAY_PROCESSES = ("nginx ", "docker-proxy ")
 #: Drop-ins of the role monitoring: on every host, and on those with Prometheus.
 MONITORED = Path("/etc/systemd/system/prometheus-node-exporter.service.d/gpufleet.conf")
 MONITORS = Path("/etc/systemd/system/prometheus.service.d/gpufleet.conf")
@@ -226,11 +230,11 @@ def port_faults(
         strangers = [
             listener
             for listener in listeners.get(port, ())
-            if not (ours and all(process.startswith("nginx ") for process in listener.processes))
+            if not (ours and all(process.startswith(GATEWAY_PROCESSES) for process in listener.processes))
         ]
         if strangers:
             problem = f"taken by {'; '.join(map(str, strangers))}"
-            remedy = "Stop it, or move fleet_port or gateway_tls.port"
+            remedy = "Stop it, or move fleet_port, gateway_container.publish or gateway_tls.port"
             faults.append(fault("port of the gateway", port, problem, remedy))
     return faults
 
@@ -323,8 +327,18 @@ def vip_interface(module: AnsibleModule) -> tuple[str, list[str]]:
 
 
 def is_our_gateway() -> bool:
-    """Tell whether nginx has a configuration of ours."""
-    return GATEWAY_CONFIGURATION.exists() and "gpufleet" in GATEWAY_CONFIGURATION.read_text(errors="replace")
+    """Tell whether nginx has a configuration of ours, in a container or not."""
+    return any("gpufleet" in path.read_text(errors="replace") for path in GATEWAY_CONFIGURATIONS if path.exists())
+
+
+def docker_faults(module: AnsibleModule, image: str) -> list[str]:
+    """Check that a container can be run: an engine that answers, and compose in either version."""
+    remedy = "Install Docker and its compose, such as the packages docker.io and docker-compose, and start it"
+    if not module.get_bin_path("docker") or module.run_command(["docker", "version"])[0]:
+        return [fault("gateway_container", image, "no Docker engine answers", remedy)]
+    if module.run_command(["docker", "compose", "version"])[0] and not module.get_bin_path("docker-compose"):
+        return [fault("gateway_container", image, "Docker has no compose", remedy)]
+    return []
 
 
 def check(module: AnsibleModule) -> list[str]:
@@ -338,6 +352,8 @@ def check(module: AnsibleModule) -> list[str]:
     )
     uid = uid_of(wanted["user"])
     faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway())
+    if wanted["gateway_image"]:
+        faults += docker_faults(module, wanted["gateway_image"])
     if not wanted["instances"]:
         return faults
     if wanted["architecture"]:
@@ -359,6 +375,7 @@ def main() -> None:
             "host": {"type": "str", "required": True},
             "instances": {"type": "list", "elements": "dict", "default": []},
             "gateway_ports": {"type": "list", "elements": "int", "default": []},
+            "gateway_image": {"type": "str"},
             "vip_beside": {"type": "str"},
             "vip_interface": {"type": "str"},
             "gpu_count": {"type": "int"},

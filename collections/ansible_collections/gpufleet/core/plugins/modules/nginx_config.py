@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -30,13 +31,15 @@ short_description: Serve one whole nginx configuration, or keep the old one
 description:
   - Validates the candidate with C(nginx -t) before it replaces the old file, reloads (never restarts) nginx and waits
     until the new configuration answers. If any of that fails, the old files are put back and served again.
+  - nginx runs as a service of the host, or with O(container) in one of Docker's. Whichever of the two is not wanted and
+    was made by this module is stopped and removed, once the other is ready to take its place.
   - C(nginx -s reload) says nothing when the new configuration cannot be applied, for instance because a port is taken;
     so the configuration itself tells its digest on a control socket, and only that counts as proof.
 options:
   configuration:
     description:
-      - Text of F(/etc/nginx/nginx.conf). In it C(@SECRETS@) is replaced by the folder of the secrets, and then
-        C(@CONFIGURATION_DIGEST@) by the digest of the whole.
+      - Text of F(/etc/nginx/nginx.conf), or F(/etc/gpufleet-gateway/nginx.conf) with O(container). In it C(@SECRETS@)
+        is replaced by the folder of the secrets, and then C(@CONFIGURATION_DIGEST@) by the digest of the whole.
     type: str
     required: true
   secrets:
@@ -57,6 +60,25 @@ options:
     description: Text of the systemd drop-in of nginx.service.
     type: str
     required: true
+  container:
+    description: Where given, nginx runs in a container, by Docker and its compose, in either version.
+    type: dict
+    suboptions:
+      image:
+        description: Name of the image, as in O(container.compose).
+        type: str
+        required: true
+      compose:
+        description: Text of F(/etc/gpufleet-gateway/docker-compose.yml), with the service C(nginx).
+        type: str
+        required: true
+      dockerfile:
+        description: Text of what the image is built from. Left out, it is one that compose can pull.
+        type: str
+      logrotate:
+        description: Text of the rule by which the host rotates its logs.
+        type: str
+        required: true
   timeout:
     description: Seconds until the new configuration must answer.
     type: int
@@ -84,8 +106,16 @@ NGINX_CONF = Path("/etc/nginx/nginx.conf")
 TMPFILES = Path("/etc/tmpfiles.d/gpufleet-gateway.conf")
 UNIT_OVERRIDE = Path("/etc/systemd/system/nginx.service.d/gpufleet.conf")
 SECRETS = Path("/etc/nginx/gpufleet")
+CONTAINER = Path("/etc/gpufleet-gateway")
+LOGROTATE = Path("/etc/logrotate.d/gpufleet-gateway")
+CONTAINER_NAME = "gpufleet-gateway"  # also that of its compose project, and of an image that is built here
 DIGEST_MARK = "@CONFIGURATION_DIGEST@"
 SECRETS_MARK = "@SECRETS@"
+#: Workers of another group than the host's www-data would find no inner server, which nginx -t does not notice.
+JUDGE = """\
+[ "$(id -g www-data)" = "$(stat -c %g "${1%/*}")" ] || { echo "its group www-data is not the host's" >&2; exit 1; }
+exec nginx -t -q -c "$0"
+"""
 
 
 def digest_of(text: str) -> str:
@@ -106,81 +136,225 @@ def served_digest(control_socket: str) -> str | None:
         connection.close()
 
 
-class Gateway(Commands):
-    """nginx on this host, the three files that make it the gateway, and the folder of its secrets."""
+class Gateway(Commands, ABC):
+    """nginx somewhere on this host, the files that make it the gateway, and the folder of its secrets.
 
-    def __init__(self, module: AnsibleModule) -> None:
+    ``files`` are those besides its configuration and the tmpfiles. One that does not stay shall have none of all these.
+    """
+
+    error_log: str
+
+    def __init__(self, module: AnsibleModule, stays: bool, configuration: Path, secrets: Path, files: Texts) -> None:
         super().__init__(module)
-        secrets = module.params["secrets"]
-        folder = SECRETS / digest_of(json.dumps(secrets, sort_keys=True))
-        self.secrets = {folder / name: text for name, text in secrets.items()}
-        self.found_secrets = {path: read(path) for path in SECRETS.glob("*/*")}
-        configuration = module.params["configuration"].replace(SECRETS_MARK, str(folder))
-        self.digest = digest_of(configuration)
-        self.wanted = {
-            TMPFILES: module.params["tmpfiles"],
-            UNIT_OVERRIDE: module.params["unit_override"],
-            NGINX_CONF: configuration.replace(DIGEST_MARK, self.digest),
-        }
+        self.configuration, self.secrets_root = configuration, secrets
+        texts = module.params["secrets"] if stays else {}
+        folder = secrets / digest_of(json.dumps(texts, sort_keys=True))
+        self.secrets = {folder / name: text for name, text in texts.items()}
+        self.found_secrets = {path: read(path) for path in secrets.glob("*/*")}
+        text = module.params["configuration"].replace(SECRETS_MARK, str(folder))
+        self.digest = digest_of(text)
+        self.text = text.replace(DIGEST_MARK, self.digest)
+        self.is_here = any(path.exists() for path in files)
+        self.wanted: dict[Path, str | None] = {TMPFILES: module.params["tmpfiles"]} if stays else {}
+        self.wanted |= {path: text if stays else None for path, text in files.items()}
+        self.wanted[configuration] = self.text if stays else None
         self.found = {path: read(path) for path in self.wanted}
+
+    @abstractmethod
+    def is_set_up(self) -> bool:
+        """Tell whether it runs as it shall, after a reboot too."""
+
+    @abstractmethod
+    def can_judge(self) -> bool:
+        """Tell whether there is an nginx to ask."""
+
+    @abstractmethod
+    def judge(self, folder: Path) -> None:
+        """Let nginx judge the configuration in a folder."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Have nginx run with the files that are there; one that runs already only reads its configuration again."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Have it stopped, after a reboot too."""
 
     def serves(self) -> bool:
         """Tell whether nginx serves the wanted configuration and will do so after a reboot."""
-        enabled = self.module.run_command(["systemctl", "is-enabled", "--quiet", "nginx"])[0] == 0
-        return enabled and served_digest(self.module.params["control_socket"]) == self.digest
+        return self.is_set_up() and served_digest(self.module.params["control_socket"]) == self.digest
 
     def validate(self) -> None:
         """Let nginx judge the wanted configuration while the old one stays in its place."""
-        with tempfile.TemporaryDirectory(dir=NGINX_CONF.parent, prefix=".candidate.") as folder:
-            text = self.wanted[NGINX_CONF]
+        with tempfile.TemporaryDirectory(dir=self.configuration.parent, prefix=".candidate.") as folder:
+            text = self.text
             for path, secret in self.secrets.items():
                 write(Path(folder, path.name), secret, SECRET_MODE)
                 text = text.replace(str(path), f"{folder}/{path.name}")
-            candidate = Path(folder, NGINX_CONF.name)
-            write(candidate, text)
-            self.command("nginx", "-t", "-q", "-c", str(candidate))
+            write(Path(folder, self.configuration.name), text)
+            self.judge(Path(folder))
 
-    def switch(self) -> None:
-        """Write, validate and serve the wanted files."""
-        for path in (TMPFILES, UNIT_OVERRIDE):
-            write(path, self.wanted[path])
+    def switch(self, leaving: Gateway | None) -> None:
+        """Write, validate and serve the wanted files, instead of the one that leaves."""
+        for path, text in self.wanted.items():
+            if path != self.configuration:
+                write(path, text)
         self.command("systemd-tmpfiles", "--create", str(TMPFILES))
         self.validate()
         self.keep_secrets({**self.found_secrets, **self.secrets})
-        write(NGINX_CONF, self.wanted[NGINX_CONF])
+        if leaving:
+            leaving.stop()
+        write(self.configuration, self.text)
         self.load()
         deadline = time.monotonic() + self.module.params["timeout"]
         while not self.serves():
             if time.monotonic() > deadline:
-                log = self.module.run_command(["tail", "-n", "20", "/var/log/nginx/error.log"])[1]
+                log = self.module.run_command(["tail", "-n", "20", self.error_log])[1]
                 raise Refused(f"nginx did not take the new configuration over. The end of its error log:\n{log}")
             time.sleep(0.05)
-        self.keep_secrets(self.secrets)
+        self.settle()
+        if leaving:
+            leaving.forget()
 
-    def put_back(self) -> None:
+    def put_back(self, leaving: Gateway | None) -> None:
         """Serve again what was found."""
         for path, text in self.found.items():
             write(path, text)
-        self.load()
+        if leaving:
+            self.stop()
+            leaving.load()
+        else:
+            self.load()
         self.keep_secrets(self.found_secrets)
+
+    def forget(self) -> None:
+        """Leave no file of it."""
+        for path, text in self.wanted.items():
+            write(path, text)
+        self.settle()
+
+    def settle(self) -> None:
+        """Remove what was replaced."""
+        self.keep_secrets(self.secrets)
 
     def keep_secrets(self, wanted: Texts) -> None:
         """Have these secrets and no others."""
         for path, text in wanted.items():
-            SECRETS.mkdir(mode=0o700, exist_ok=True)
+            self.secrets_root.mkdir(mode=0o700, exist_ok=True)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write(path, text, SECRET_MODE)
-        for path in set(SECRETS.glob("*/*")) - set(wanted):
+        for path in set(self.secrets_root.glob("*/*")) - set(wanted):
             path.unlink()
-        for folder in (*SECRETS.glob("*"), *SECRETS.parent.glob(SECRETS.name)):
+        for folder in (*self.secrets_root.glob("*"), *self.secrets_root.parent.glob(self.secrets_root.name)):
             if not any(folder.iterdir()):
                 folder.rmdir()
+
+
+class Native(Gateway):
+    """nginx as a service of the host."""
+
+    error_log = "/var/log/nginx/error.log"
+
+    def __init__(self, module: AnsibleModule, stays: bool) -> None:
+        super().__init__(module, stays, NGINX_CONF, SECRETS, {UNIT_OVERRIDE: module.params["unit_override"]})
+
+    def is_set_up(self) -> bool:
+        """Tell whether systemd starts it; that it runs, its answer tells."""
+        return self.module.run_command(["systemctl", "is-enabled", "--quiet", "nginx"])[0] == 0
+
+    def can_judge(self) -> bool:
+        """Tell whether nginx is installed."""
+        return shutil.which("nginx") is not None
+
+    def judge(self, folder: Path) -> None:
+        """Ask it."""
+        self.command("nginx", "-t", "-q", "-c", str(folder / self.configuration.name))
 
     def load(self) -> None:
         """Let systemd read the drop-in and nginx the configuration; a stopped nginx is started."""
         self.command("systemctl", "daemon-reload")
         self.command("systemctl", "enable", "--quiet", "nginx")
         self.command("systemctl", "reload-or-restart", "nginx")
+
+    def stop(self) -> None:
+        """Stop and disable the service."""
+        self.command("systemctl", "disable", "--now", "--quiet", "nginx")
+
+
+class Container(Gateway):
+    """nginx in a container, which sees these files, the sockets, zones and flags under the host's own paths."""
+
+    error_log = "/var/log/gpufleet-gateway/error.log"
+
+    def __init__(self, module: AnsibleModule, stays: bool) -> None:
+        given = module.params["container"] or {}
+        self.image: str = given.get("image", "")
+        self.build = bool(given.get("dockerfile"))
+        files = {
+            CONTAINER / "docker-compose.yml": given.get("compose"),
+            CONTAINER / "Dockerfile": given.get("dockerfile"),
+            LOGROTATE: given.get("logrotate"),
+        }
+        super().__init__(module, stays, CONTAINER / "nginx.conf", CONTAINER / "secrets", files)
+
+    def is_set_up(self) -> bool:
+        """Tell whether it runs, from the image that bears its name now; Docker starts it after a reboot."""
+        running = self.docker("container", "inspect", "--format", "{{.State.Running}} {{.Image}}", CONTAINER_NAME)
+        return running == f"true {self.docker('image', 'inspect', '--format', '{{.Id}}', self.image)}"
+
+    def can_judge(self) -> bool:
+        """Tell whether its image is here."""
+        return self.docker("image", "inspect", self.image) != ""
+
+    def judge(self, folder: Path) -> None:
+        """Ask nginx in a container of its own, from the image that is wanted, which is built or pulled before."""
+        for path in self.wanted:
+            if path.parent == CONTAINER and path != self.configuration:
+                write(folder / path.name, self.wanted[path])
+        if self.build and not self.can_judge():
+            self.compose(folder, "build")
+        arguments = ["-c", JUDGE, str(folder / self.configuration.name), self.module.params["control_socket"]]
+        self.compose(folder, "run", "--rm", "-T", "--entrypoint", "sh", "nginx", *arguments)
+
+    def load(self) -> None:
+        """Have the container as in its files, or none; one that need not be made anew reloads nginx."""
+        if not (CONTAINER / "docker-compose.yml").exists():
+            self.stop()
+            return
+        started = ("container", "inspect", "--format", "{{.Id}} {{.State.StartedAt}}", CONTAINER_NAME)
+        before = self.docker(*started)
+        self.compose(CONTAINER, "up", "--detach")
+        if self.docker(*started) == before:
+            # Not docker kill, whatever its signal: to Docker the container is one that somebody stopped from then on.
+            self.command("docker", "exec", CONTAINER_NAME, "nginx", "-s", "reload", "-c", str(self.configuration))
+
+    def stop(self) -> None:
+        """Remove the container."""
+        if self.docker("container", "inspect", CONTAINER_NAME):
+            self.command("docker", "stop", CONTAINER_NAME)
+            self.command("docker", "rm", CONTAINER_NAME)
+
+    def settle(self) -> None:
+        """Remove what was replaced, images that were built here included."""
+        super().settle()
+        for image in self.docker("images", "--format", "{{.Repository}}:{{.Tag}}", CONTAINER_NAME).split():
+            if image != self.image:
+                self.docker("rmi", image)
+        if CONTAINER.is_dir() and not any(CONTAINER.iterdir()):
+            CONTAINER.rmdir()
+
+    def docker(self, *arguments: str) -> str:
+        """Return what a docker command prints, without the line's end; nothing where it fails or there is no Docker."""
+        if not shutil.which("docker"):
+            return ""
+        code, out, _ = self.module.run_command(["docker", *arguments])
+        return out.strip() if code == 0 else ""
+
+    def compose(self, folder: Path, *arguments: str) -> None:
+        """Run compose, which is a plugin of Docker or, in its first version, a program of its own."""
+        plugin = self.docker("compose", "version") != ""
+        command = ["docker", "compose"] if plugin else ["docker-compose"]
+        self.command(*command, "-p", CONTAINER_NAME, "-f", str(folder / "docker-compose.yml"), *arguments)
 
 
 def main() -> None:
@@ -192,12 +366,24 @@ def main() -> None:
             "control_socket": {"type": "path", "required": True},
             "tmpfiles": {"type": "str", "required": True},
             "unit_override": {"type": "str", "required": True},
+            "container": {
+                "type": "dict",
+                "options": {
+                    "image": {"type": "str", "required": True},
+                    "compose": {"type": "str", "required": True},
+                    "dockerfile": {"type": "str"},
+                    "logrotate": {"type": "str", "required": True},
+                },
+            },
             "timeout": {"type": "int", "default": 15},
         },
         supports_check_mode=True,
     )
-    gateway = Gateway(module)
-    differing = differences(gateway.found, gateway.wanted)
+    contained = module.params["container"] is not None
+    native, container = Native(module, not contained), Container(module, contained)
+    gateway, other = (container, native) if contained else (native, container)
+    leaving = other if other.is_here else None
+    differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
     result = {
         "digest": gateway.digest,
         "changed": bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(),
@@ -207,14 +393,14 @@ def main() -> None:
         if module.check_mode:
             # Where the tmpfiles are yet to be made, nginx would find neither its sockets' directory nor its zones.
             made = gateway.found[TMPFILES] == gateway.wanted[TMPFILES]
-            if result["changed"] and made and shutil.which("nginx"):
+            if result["changed"] and made and gateway.can_judge():
                 gateway.validate()
         elif result["changed"]:
             try:
-                gateway.switch()
+                gateway.switch(leaving)
             except Refused as refusal:
                 try:
-                    gateway.put_back()
+                    gateway.put_back(leaving)
                 except Refused as second:
                     raise Refused(f"{refusal}\nPutting the old files back failed too: {second}") from second
                 raise
