@@ -14,10 +14,11 @@ VENV := .venv/requirements.txt
 # Likewise what only the benchmarks need.
 BENCH := .venv/bench-requirements.txt
 LAYERS := lint unit templates molecule-default molecule-mixed
+LONGER := molecule-day2 molecule-optional molecule-container
 
 .PHONY: help
 help: ## List these targets
-	@sed -nE 's/^([a-z0-9 -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 68
+	@sed -nE 's/^([a-z0-9 -]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 48
 
 ##### Demo
 
@@ -48,8 +49,8 @@ test: $(VENV) ## Run the test layers, one after the other
 	@python -m testbed.layers $(LAYERS)
 
 .PHONY: test-all
-test-all: $(VENV) ## Run them, and a fleet through every day with clients asking: what CI runs
-	@python -m testbed.layers $(LAYERS) molecule-container molecule-day2
+test-all: $(VENV) ## Run them, and the scenarios that take longer
+	@python -m testbed.layers $(LAYERS) $(LONGER)
 
 .PHONY: lint
 lint: $(VENV) ## Layer 1: style, types, Ansible's production profile
@@ -67,8 +68,10 @@ unit: $(VENV) ## Layer 2: Python, refused inventories, modules
 templates: $(VENV) ## Layer 3: rendered configurations, read by the programs they are for
 	pytest --quiet --numprocesses=4 --dist=worksteal tests/templates
 
-.PHONY: molecule-default molecule-mixed molecule-container molecule-day2
-molecule-default molecule-mixed molecule-container molecule-day2: molecule-%: envs ## Layers 4 to 7: real hosts, from bare to serving, through every day, and gone again
+# Layers 4 and on, each with its hosts from bare to serving and gone again: make molecule-SCENARIO.
+SCENARIOS := $(filter molecule-%,$(LAYERS) $(LONGER))
+.PHONY: $(SCENARIOS)
+$(SCENARIOS): molecule-%: envs
 	molecule test --no-command-borders --scenario-name $*
 
 .PHONY: faults

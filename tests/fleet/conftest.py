@@ -20,6 +20,7 @@ from testbed.fleet import Description, describe
 
 from .ledger import Event, parse
 from .load import addresses_of_clients
+from .operations import Inventory, Operator
 
 DESCRIPTION = pytest.StashKey[Description]()
 
@@ -77,6 +78,20 @@ def on(description: Description) -> Iterator[Callable[[str], Host]]:
             )
 
         yield host
+
+
+@pytest.fixture
+def inventory(pytestconfig: pytest.Config) -> Inventory:
+    """A copy of the scenario's inventory, as it was rolled out with, to be edited."""
+    original = PROJECT / pytestconfig.getoption("ansible_inventory")
+    name = original.parent.name
+    return Inventory(original, PROJECT / ".cache" / name / "inventory", f"group_vars/all/{name}.yml")
+
+
+@pytest.fixture
+def operator(inventory: Inventory) -> Operator:
+    """Who runs the playbooks against that copy."""
+    return Operator(inventory)
 
 
 @pytest.fixture(scope="session")

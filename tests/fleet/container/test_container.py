@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from testbed import PROJECT
 from testbed.shell import CommandFailed
 
 from ..load import SteadyLoad, post_at_once
@@ -21,17 +20,6 @@ FOLDER = "/etc/gpufleet-gateway"
 @pytest.fixture(scope="module")
 def host(on: Callable[[str], Host], fleet: dict[str, Any]) -> Host:
     return on(fleet["gateways"][0]["host"])
-
-
-@pytest.fixture
-def inventory(pytestconfig: pytest.Config) -> Inventory:
-    original = PROJECT / pytestconfig.getoption("ansible_inventory")
-    return Inventory(original, PROJECT / ".cache" / "container" / "inventory", "group_vars/all/container.yml")
-
-
-@pytest.fixture
-def operator(inventory: Inventory) -> Operator:
-    return Operator(inventory)
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from testbed import PROJECT
-
 from ..background import Background
 from ..ledger import SMOKE, peaks, runs
 from ..load import SteadyLoad
-from ..operations import Inventory, Operator, Page, wait_until
+from ..operations import Page, wait_until
 
 
 class Watch(Background):
@@ -28,23 +26,6 @@ class Watch(Background):
     def work(self) -> None:
         while not self.ending.wait(0.2):
             self.least = min(self.least, self._page.read()["available_capacity"])
-
-
-@pytest.fixture(scope="session")
-def inventory(pytestconfig: pytest.Config) -> Inventory:
-    original = PROJECT / pytestconfig.getoption("ansible_inventory")
-    return Inventory(original, PROJECT / ".cache" / "day2" / "inventory", "group_vars/all/day2.yml")
-
-
-@pytest.fixture(scope="session")
-def operator(inventory: Inventory) -> Operator:
-    return Operator(inventory)
-
-
-@pytest.fixture(autouse=True)
-def original_inventory(inventory: Inventory) -> None:
-    """Every test begins with the inventory that the scenario was rolled out with."""
-    inventory.restore()
 
 
 @pytest.fixture(scope="session")

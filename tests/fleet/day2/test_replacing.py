@@ -95,3 +95,9 @@ def test_a_broken_release_stops_at_the_first_card_and_is_put_back(
     assert page.column("version") == versions
     (line,) = [line for line in audit() if line["what"] == "rollout"]
     assert line["instance"] == replaced and line["result"].startswith("failed: Put back on its previous settings")
+
+
+def test_the_next_run_takes_up_from_what_was_put_back(operator: Operator, pids: Callable[..., dict[str, str]]) -> None:
+    before = pids()
+    operator.play("site")
+    assert pids() == before

@@ -4,16 +4,9 @@ import re
 
 import pytest
 
-from ..operations import Inventory, Operator
+from ..operations import Operator
 
 TASKS_AT_MOST = {"gpu_servers": 15, "gateways": 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rolled_out(operator: Operator, inventory: Inventory) -> None:
-    """A first run takes up from whatever was before, a release that was put back included."""
-    inventory.restore()
-    operator.play("site")
 
 
 @pytest.mark.parametrize(

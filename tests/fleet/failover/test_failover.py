@@ -9,22 +9,15 @@ import httpx
 import pytest
 from testinfra.host import Host
 
-from testbed import PROJECT
 from testbed.engine import Engine
 
 from ..conftest import has_vip
 from ..ledger import SMOKE, peaks, runs
 from ..load import SteadyLoad, post_at_once
-from ..operations import Inventory, Operator, Page, wait_until
+from ..operations import Operator, Page, wait_until
 
 FAILOVER_SECONDS = 3
 PATIENCE = 5  # of a client: longer than any request, waiting included
-
-
-@pytest.fixture(scope="module")
-def operator(pytestconfig: pytest.Config) -> Operator:
-    original = PROJECT / pytestconfig.getoption("ansible_inventory")
-    return Operator(Inventory(original, PROJECT / ".cache" / "mixed" / "inventory", "group_vars/all/mixed.yml"))
 
 
 @pytest.fixture(scope="module")
