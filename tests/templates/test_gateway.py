@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+from ansible_collections.gpufleet.core.plugins.modules.nginx_config import HANDOVER_SECONDS, handover
 
 from tests.templates.conftest import KEYS, PORT, ROUTE, TLS, article_fleet, running
 
@@ -78,6 +79,33 @@ def test_a_reload_admits_nothing_more(gateway, workers):
             assert statuses(second) == {503: 12}
             assert statuses(await first) == {200: 12}
             assert cluster.peak == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_host_that_leaves_costs_nobody_his_request(gateway):
+    async def scenario():
+        async with running(gateway, article_fleet()) as cluster:
+            before, over, seen = gateway.configuration.read_text(), asyncio.Event(), []
+
+            async def client(number):
+                while not over.is_set():
+                    seen.append(await cluster.post(client=f"127.0.0.{10 + number}"))
+
+            for gpu in cluster.gpus.values():
+                gpu.seconds = 0.02
+            clients = [asyncio.create_task(client(number)) for number in range(8)]
+            await asyncio.sleep(0.5)
+            gateway.write(article_fleet(hosts=2))
+            after = gateway.configuration.read_text()
+            for text in (handover(before, after), after):
+                gateway.configuration.write_text(text)
+                gateway.reload()
+                await asyncio.sleep(HANDOVER_SECONDS)
+            over.set()
+            await asyncio.gather(*clients)
+            assert text == after != handover(before, after)
+            assert statuses(seen) == {200: len(seen)}
 
     asyncio.run(scenario())
 

@@ -21,6 +21,11 @@ key=$(sed -n 's/^key \\([^;]*\\);.*/\\1/p' "$2")
 """
 
 
+SYSTEMCTL = """#!/bin/sh
+echo "$@" >> {host.seen}
+[ "$1" != reload-or-restart ] || {{ cat {host.conf}; echo "<end>"; }} >> {host.served_so_far}
+"""
+
 # An engine in files: `image` is there once it was built, `running` while the container is; both hold the image's id.
 DOCKER = """#!/bin/sh
 cd {root}
@@ -58,13 +63,13 @@ class Host:
         self.conf.write_text("as the distribution has it")
         self.root, self.container = root, root / "container"
         self.deaf = root / "deaf"
-        self.seen = root / "seen"
+        self.seen, self.served_so_far = root / "seen", root / "served"
         bin_folder = root / "bin"
         bin_folder.mkdir()
         programs = {
             "nginx": NGINX,
             "systemd-tmpfiles": "#!/bin/sh\n",
-            "systemctl": f'#!/bin/sh\necho "$@" >> {self.seen}\n',
+            "systemctl": SYSTEMCTL.format(host=self),
             "docker": DOCKER.format(root=root),
             "docker-compose": COMPOSE.format(root=root),
         }
@@ -146,6 +151,17 @@ def test_what_somebody_did_to_a_secret_is_undone(host):
     assert [text for text, _ in host.kept().values()] == ["good 1"]
 
 
+def test_an_inner_server_that_leaves_sends_everybody_away_before_it_goes(host, monkeypatch):
+    monkeypatch.setattr(nginx_config, "HANDOVER_SECONDS", 0)
+    stays, leaves = (f"\n    listen unix:/run/{name}.sock;" for name in ("stays", "leaves"))
+    host.run({}, f"{stays}{leaves}\n}}\n")
+    assert host.run({}, f"{stays}\n}}\n")["changed"]
+    _, first, last, _ = host.served_so_far.read_text().split("<end>\n")
+    assert "listen unix:/run/leaves.sock;\n        return 429;" in first
+    assert "leaves" not in last and last == host.conf.read_text()
+    assert not host.run({}, f"{stays}\n}}\n")["changed"]
+
+
 def test_a_secret_that_nginx_refuses_is_brought_nowhere(host):
     host.run({"key.pem": "good 1"})
     before = (host.conf.read_text(), host.kept())
@@ -182,7 +198,8 @@ def order(host, *words):
 
 
 def files(host):
-    return {path.name for path in host.root.rglob("*") if path.is_file() and path.parent.name != "bin"} - {"seen"}
+    found = {path for path in host.root.rglob("*") if path.is_file() and path.parent.name != "bin"}
+    return {path.name for path in found - {host.seen, host.served_so_far}}
 
 
 def test_a_container_takes_over_once_its_nginx_has_judged_and_leaves_as_it_came(host):

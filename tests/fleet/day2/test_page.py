@@ -1,5 +1,9 @@
-"""The fleet page in a browser, while clients ask and an operator drains a card."""
+"""The fleet page in a browser, while clients ask and an operator drains a card.
 
+The pictures are those in docs/; with GPUFLEET_PICTURES=1 they are written anew.
+"""
+
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -8,10 +12,15 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
+from testbed import PROJECT
 from tests.browser import chromium
 
 from ..operations import Operator
 
+PICTURES = {"en": "fleet-page.png", "zh": "fleet-page.zh-CN.png"}
+"""By the language that they are in."""
+FADED_SECONDS = 0.4
+"""What the colours of slots need at most."""
 TAKEN = "document.querySelectorAll('.slots:not(.places) .taken').length"
 
 
@@ -32,6 +41,14 @@ def test_a_browser_sees_the_load_and_a_drain_within_two_seconds(
         assert shown - float(flag) < 2
         changes = browser.run("return document.getElementById('changes').innerText")
         assert f"{instance} drained" in changes
+        browser.look(1200, 600, scale=1.5)
+        for language, picture in PICTURES.items():
+            browser.run(f"document.querySelector('[data-language={language}]').click()")
+            time.sleep(FADED_SECONDS)
+            png = browser.screenshot()
+            assert png.startswith(b"\x89PNG") and len(png) > 50_000
+            if os.environ.get("GPUFLEET_PICTURES"):
+                (PROJECT / "docs" / picture).write_bytes(png)
         operator.play("undrain", target=instance)
         browser.wait(f"return {state} == 'ready'", 10)
         assert browser.complaints() == []

@@ -11,7 +11,7 @@ TASKS_AT_MOST = {"gpu_servers": 15, "gateways": 20}
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--check", "--diff"], ["--limit", "gateways"], ["--tags", "gateway"], ["--tags", "gpu_workers"]],
+    [["--check", "--diff"], ["--limit", "gateways", "--tags", "gateway"], ["--tags", "gpu_workers"]],
     ids=" ".join,
 )
 def test_a_second_rollout_changes_nothing(operator: Operator, arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -35,6 +36,7 @@ description:
     was made by this module is stopped and removed, once the other is ready to take its place.
   - C(nginx -s reload) says nothing when the new configuration cannot be applied, for instance because a port is taken;
     so the configuration itself tells its digest on a control socket, and only that counts as proof.
+  - Where inner servers leave, it reloads twice, so that no request finds their sockets gone.
 options:
   configuration:
     description:
@@ -116,11 +118,26 @@ JUDGE = """\
 [ "$(id -g www-data)" = "$(stat -c %g "${1%/*}")" ] || { echo "its group www-data is not the host's" >&2; exit 1; }
 exec nginx -t -q -c "$0"
 """
+#: Served on the way from one configuration to the next, where inner servers leave.
+HANDOVER_DIGEST = "handover"
+HANDOVER_SECONDS = 1  # nginx tells its old workers to stop 0.1 s after the new ones have begun
+_INNER_SERVER = re.compile(r"^ *listen unix:(\S+);$", re.MULTILINE)
 
 
 def digest_of(text: str) -> str:
     """Return a short name for a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def handover(before: str, text: str) -> str:
+    """Return what is to be served first of all of a configuration: itself, and the inner servers that it has no more.
+
+    At a reload nginx unlinks the sockets that left before its old workers stop. A request that one of these takes
+    meanwhile would find no socket, and end as 502. So the servers stay for that time, and send everybody to others.
+    """
+    left = sorted(set(_INNER_SERVER.findall(before)) - set(_INNER_SERVER.findall(text)))
+    servers = "".join(f"    server {{\n        listen unix:{socket};\n        return 429;\n    }}\n" for socket in left)
+    return f"{text.rstrip().removesuffix('}')}{servers}}}\n" if left else text
 
 
 def served_digest(control_socket: str) -> str | None:
@@ -180,9 +197,9 @@ class Gateway(Commands, ABC):
     def stop(self) -> None:
         """Have it stopped, after a reboot too."""
 
-    def serves(self) -> bool:
-        """Tell whether nginx serves the wanted configuration and will do so after a reboot."""
-        return self.is_set_up() and served_digest(self.module.params["control_socket"]) == self.digest
+    def serves(self, digest: str) -> bool:
+        """Tell whether nginx serves the configuration of this digest and will do so after a reboot."""
+        return self.is_set_up() and served_digest(self.module.params["control_socket"]) == digest
 
     def validate(self) -> None:
         """Let nginx judge the wanted configuration while the old one stays in its place."""
@@ -204,17 +221,25 @@ class Gateway(Commands, ABC):
         self.keep_secrets({**self.found_secrets, **self.secrets})
         if leaving:
             leaving.stop()
-        write(self.configuration, self.text)
+        first = handover(self.found[self.configuration] or "", self.text)
+        if first != self.text and not leaving:
+            self.take_over(first.replace(self.digest, HANDOVER_DIGEST), HANDOVER_DIGEST)
+            time.sleep(HANDOVER_SECONDS)
+        self.take_over(self.text, self.digest)
+        self.settle()
+        if leaving:
+            leaving.forget()
+
+    def take_over(self, text: str, digest: str) -> None:
+        """Have nginx serve a configuration."""
+        write(self.configuration, text)
         self.load()
         deadline = time.monotonic() + self.module.params["timeout"]
-        while not self.serves():
+        while not self.serves(digest):
             if time.monotonic() > deadline:
                 log = self.module.run_command(["tail", "-n", "20", self.error_log])[1]
                 raise Refused(f"nginx did not take the new configuration over. The end of its error log:\n{log}")
             time.sleep(0.05)
-        self.settle()
-        if leaving:
-            leaving.forget()
 
     def put_back(self, leaving: Gateway | None) -> None:
         """Serve again what was found."""
@@ -386,7 +411,7 @@ def main() -> None:
     differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
     result = {
         "digest": gateway.digest,
-        "changed": bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(),
+        "changed": bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(gateway.digest),
         "diff": differing,
     }
     try:
