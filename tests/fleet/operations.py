@@ -78,10 +78,10 @@ class Page:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def answers(self) -> bool:
-        """Whether it is there and the fleet serves."""
+    def answers(self, seconds: float = 10) -> bool:
+        """Whether it is there within some seconds and the fleet serves."""
         try:
-            return httpx.get(f"{self.url}/health", trust_env=False, timeout=10).status_code == 200
+            return httpx.get(f"{self.url}/health", trust_env=False, timeout=seconds).status_code == 200
         except httpx.TransportError:
             return False
 

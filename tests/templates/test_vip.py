@@ -148,6 +148,16 @@ def stays_with(gateway, *others, seconds=3):
     return time.monotonic() >= end
 
 
+def both_running(gateways, seconds=3):
+    """Start both, and see that the first keeps the address which it has alone at the beginning."""
+    first, second = gateways
+    first.start()
+    goes_to(first, within=8)
+    second.start()
+    assert stays_with(first, second, seconds=seconds)
+    return first, second
+
+
 @pytest.mark.parametrize("given", [fleet(), fleet({"router_id": 7}), fleet(gateways=["gw2"])])
 def test_the_configuration_is_one(keepalived, tmp_path, given):
     def judge(text):
@@ -173,11 +183,7 @@ def test_what_is_asked_is_what_clients_are_served_by():
 
 
 def test_a_dead_gateway_is_replaced_and_comes_back_without_taking_anything(gateways):
-    first, second = gateways
-    first.start()
-    goes_to(first, within=8)
-    second.start()
-    assert stays_with(first, second, seconds=5)  # it has found all to be well, and has the same priority
+    first, second = both_running(gateways, seconds=5)  # it has found all to be well, and has the same priority
     # The source of its own connections stays its own address: by that the guards and firewalls know it.
     route = run("ip", "-n", first.namespace, "route", "get", "10.98.0.20")
     assert f"src {ADDRESSES['gw1']}" in route
@@ -188,11 +194,7 @@ def test_a_dead_gateway_is_replaced_and_comes_back_without_taking_anything(gatew
 
 
 def test_a_dead_nginx_gives_the_address_away(gateways):
-    first, second = gateways
-    first.start()
-    goes_to(first, within=8)
-    second.start()
-    assert stays_with(first, second)
+    first, second = both_running(gateways)
     first.stop("nginx", signal.SIGKILL)
     goes_to(second, first, within=3)
     first.start("nginx")
@@ -213,11 +215,7 @@ def test_who_reaches_no_gpu_gives_the_address_to_one_that_does(gateways):
 
 
 def test_a_reload_moves_nothing_and_who_stops_hands_over_at_once(gateways):
-    first, second = gateways
-    first.start()
-    goes_to(first, within=8)
-    second.start()
-    assert stays_with(first, second)
+    first, second = both_running(gateways)
     for gateway in gateways:
         with (gateway.folder / "vip.conf").open("a") as file:
             file.write("# changed\n")

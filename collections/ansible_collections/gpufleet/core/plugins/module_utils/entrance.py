@@ -12,7 +12,7 @@ import hashlib
 import ipaddress
 import re
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ansible_collections.gpufleet.core.plugins.module_utils.faults import HIDDEN, Faults, whole_number
@@ -84,6 +84,18 @@ def of_gateways(variable: str, hosts: Iterable[str], hostvars: Mapping[str, Mapp
     return values.get(first, ABSENT)
 
 
+def _is_mapping(
+    given: Any, variable: str, fields: Collection[str], remedy: str, faults: Faults, *, hidden: bool = False
+) -> bool:
+    """Tell whether a value is a mapping, and refuse it if not; or else what it has besides its fields."""
+    if not isinstance(given, Mapping):
+        faults.add("all", variable, HIDDEN if hidden else given, "not a mapping", remedy)
+        return False
+    for name in set(given) - set(fields):
+        faults.unknown_key("all", f"{variable}.", name, given[name], fields)
+    return True
+
+
 def vip(
     given: Any, gateways: Iterable[Mapping[str, str]], owners: Mapping[Any, str], faults: Faults
 ) -> dict[str, Any] | None:
@@ -96,11 +108,8 @@ def vip(
     """
     if given is ABSENT or given is None or given == {}:
         return None
-    if not isinstance(given, Mapping):
-        faults.add("all", VIP_VARIABLE, given, "not a mapping", "Give {address: IP ADDRESS}")
+    if not _is_mapping(given, VIP_VARIABLE, VIP_FIELDS, "Give {address: IP ADDRESS}", faults):
         return None
-    for name in set(given) - set(VIP_FIELDS):
-        faults.unknown_key("all", f"{VIP_VARIABLE}.", name, given[name], VIP_FIELDS)
     address, interface, router_id = (given.get(name) for name in VIP_FIELDS)
     ip, variable = _ipv4(address), f"{VIP_VARIABLE}.address"
     if ip is None or ip.is_unspecified or ip.is_loopback or ip.is_multicast:
@@ -139,11 +148,8 @@ def tls(given: Any, port: int, gateways: int, faults: Faults) -> dict[str, Any] 
     """
     if given is ABSENT or given is None or given == {}:
         return None
-    if not isinstance(given, Mapping):
-        faults.add("all", TLS_VARIABLE, HIDDEN, "not a mapping", "Give {certificate: FILE, key: FILE}")
+    if not _is_mapping(given, TLS_VARIABLE, TLS_FIELDS, "Give {certificate: FILE, key: FILE}", faults, hidden=True):
         return None
-    for name in set(given) - set(TLS_FIELDS):
-        faults.unknown_key("all", f"{TLS_VARIABLE}.", name, given[name], TLS_FIELDS)
     wanted = {name: default if given.get(name) is None else given[name] for name, default in TLS_FIELDS.items()}
     for name, low, high, remedy in (
         ("port", 1, 65535, "Give the TCP port of TLS"),
@@ -188,11 +194,9 @@ def container(
     """
     if given is ABSENT or given is None:
         return None
-    if not isinstance(given, Mapping):
-        faults.add("all", CONTAINER_VARIABLE, given, "not a mapping", "Give {base_image: IMAGE} or {image: IMAGE}")
+    remedy = "Give {base_image: IMAGE} or {image: IMAGE}"
+    if not _is_mapping(given, CONTAINER_VARIABLE, CONTAINER_FIELDS, remedy, faults):
         return None
-    for name in set(given) - set(CONTAINER_FIELDS):
-        faults.unknown_key("all", f"{CONTAINER_VARIABLE}.", name, given[name], CONTAINER_FIELDS)
     images = {name: given[name] for name in ("image", "base_image") if given.get(name) is not None}
     if len(images) != 1:
         problem = "image is given too, and one would be ignored" if images else "neither this nor image"
@@ -228,11 +232,8 @@ def _refuse_no_text(value: Any, variable: str, faults: Faults) -> None:
 
 def _acme(given: Any, faults: Faults) -> dict[str, Any]:
     variable = f"{TLS_VARIABLE}.acme"
-    if not isinstance(given, Mapping):
-        faults.add("all", variable, given, "not a mapping", "Give {names: [HOST NAME]}")
+    if not _is_mapping(given, variable, ACME_FIELDS, "Give {names: [HOST NAME]}", faults):
         return {"names": [], "authority": LETS_ENCRYPT}
-    for name in set(given) - set(ACME_FIELDS):
-        faults.unknown_key("all", f"{variable}.", name, given[name], ACME_FIELDS)
     names = given.get("names")
     if not isinstance(names, (list, tuple)) or not names:
         faults.add("all", f"{variable}.names", names, "not a list of host names", "List those that clients use")
@@ -265,17 +266,13 @@ def api_keys(given: Any, services: Iterable[str], faults: Faults) -> dict[str, d
         if not isinstance(label, str) or not is_label(label):
             remedy = "Use a-z, 0-9, _ and -, 32 at most, and begin with a letter"
             faults.add("all", f"{KEYS_VARIABLE}, label", label, "not usable in logs and headers", remedy)
-        elif not isinstance(entry, Mapping):
-            faults.add("all", f"{KEYS_VARIABLE}.{label}", HIDDEN, "not a mapping", "Give {hashes: [HASH]}")
-        else:
+        elif _is_mapping(entry, f"{KEYS_VARIABLE}.{label}", KEY_FIELDS, "Give {hashes: [HASH]}", faults, hidden=True):
             keys[label] = _api_key(label, entry, sorted(services), faults)
     return keys
 
 
 def _api_key(label: str, given: Mapping[str, Any], services: list[str], faults: Faults) -> dict[str, Any]:
     variable = f"{KEYS_VARIABLE}.{label}"
-    for name in set(given) - set(KEY_FIELDS):
-        faults.unknown_key("all", f"{variable}.", name, given[name], KEY_FIELDS)
     in_flight = given.get("in_flight")
     if in_flight is not None:
         remedy = "Give the concurrent requests of all its holders"
