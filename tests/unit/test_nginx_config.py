@@ -98,6 +98,13 @@ class Host:
         arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check, **more}
         if not secrets:
             arguments["configuration"] = arguments["configuration"].replace("key @SECRETS@/key.pem; ", "")
+        return self._call(arguments)
+
+    def absent(self, check=False):
+        """Have it be no gateway."""
+        return self._call({"state": "absent", "_ansible_check_mode": check})
+
+    def _call(self, arguments):
         self._capsys.readouterr()
         with patch_module_args(arguments), contextlib.suppress(SystemExit):
             nginx_config.main()
@@ -136,6 +143,7 @@ def test_a_new_secret_is_a_change_of_the_configuration_and_the_old_one_is_remove
     before = host.folder()
     result = host.run({"key.pem": "good 2"})
     assert result["changed"] and before != host.folder()
+    assert result["digest_before"] not in (None, result["digest"])
     assert "good" not in host.said
     assert [text for text, _ in host.kept().values()] == ["good 2"]
     assert host.run({})["changed"]
@@ -253,3 +261,20 @@ def test_of_somebody_else_s_nginx_nothing_is_touched(host):
     assert host.run({}, container=CONTAINER)["changed"]
     assert host.conf.read_text() == "as the distribution has it"
     assert "disable" not in host.seen.read_text()
+
+
+@pytest.mark.parametrize("place", [{}, {"container": CONTAINER}])
+def test_what_is_no_gateway_any_more_keeps_no_file_and_no_secret_of_it(host, place):
+    host.run({"key.pem": "good 1"}, **place)
+    before = files(host)
+    assert host.absent(check=True)["changed"] and files(host) == before
+    assert host.absent()["changed"]
+    assert files(host) == ({"nginx.conf"} if place else set())
+    assert not (host.secrets.exists() or host.container.exists() or (host.root / "running").exists())
+    assert ("disable --now" in host.seen.read_text()) is not bool(place)
+    assert not host.absent()["changed"]
+
+
+def test_what_never_was_a_gateway_keeps_its_nginx(host):
+    assert not host.absent()["changed"]
+    assert files(host) == {"nginx.conf"} and not host.seen.exists()

@@ -13,6 +13,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
@@ -38,12 +39,18 @@ description:
     so the configuration itself tells its digest on a control socket, and only that counts as proof.
   - Where inner servers leave, it reloads twice, so that no request finds their sockets gone.
 options:
+  state:
+    description:
+      - V(present) needs O(configuration), O(control_socket), O(tmpfiles) and O(unit_override).
+      - V(absent) stops what this module made and removes its files and secrets. An nginx that is not its own it leaves.
+    type: str
+    choices: [present, absent]
+    default: present
   configuration:
     description:
       - Text of F(/etc/nginx/nginx.conf), or F(/etc/gpufleet-gateway/nginx.conf) with O(container). In it C(@SECRETS@)
         is replaced by the folder of the secrets, and then C(@CONFIGURATION_DIGEST@) by the digest of the whole.
     type: str
-    required: true
   secrets:
     description:
       - Texts of files that only root may read, by name. Their folder is named after their contents, so that one rename
@@ -53,15 +60,12 @@ options:
   control_socket:
     description: Unix socket of the server in the configuration that answers C(/digest).
     type: path
-    required: true
   tmpfiles:
     description: Text of the tmpfiles.d entry that makes the directories of sockets and flags, and the file of zones.
     type: str
-    required: true
   unit_override:
     description: Text of the systemd drop-in of nginx.service.
     type: str
-    required: true
   container:
     description: Where given, nginx runs in a container, by Docker and its compose, in either version.
     type: dict
@@ -95,13 +99,21 @@ EXAMPLES = r"""
     control_socket: /run/gpufleet-gateway/control.sock
     tmpfiles: "{{ lookup('ansible.builtin.template', 'tmpfiles.conf.j2') }}"
     unit_override: "{{ lookup('ansible.builtin.template', 'systemd.conf.j2') }}"
+
+- name: Be no gateway any more
+  gpufleet.core.nginx_config:
+    state: absent
 """
 
 RETURN = r"""
 digest:
   description: Digest of the configuration, as the running nginx tells it.
   type: str
-  returned: always
+  returned: when it is to be present
+digest_before:
+  description: What nginx told before, where it told one.
+  type: str
+  returned: when it is to be present
 """
 
 NGINX_CONF = Path("/etc/nginx/nginx.conf")
@@ -168,11 +180,12 @@ class Gateway(Commands, ABC):
         folder = secrets / digest_of(json.dumps(texts, sort_keys=True))
         self.secrets = {folder / name: text for name, text in texts.items()}
         self.found_secrets = {path: read(path) for path in secrets.glob("*/*")}
-        text = module.params["configuration"].replace(SECRETS_MARK, str(folder))
+        text = (module.params["configuration"] or "").replace(SECRETS_MARK, str(folder))
         self.digest = digest_of(text)
         self.text = text.replace(DIGEST_MARK, self.digest)
         self.is_here = any(path.exists() for path in files)
-        self.wanted: dict[Path, str | None] = {TMPFILES: module.params["tmpfiles"]} if stays else {}
+        shared = stays or module.params["state"] == "absent"
+        self.wanted: dict[Path, str | None] = {TMPFILES: module.params["tmpfiles"]} if shared else {}
         self.wanted |= {path: text if stays else None for path, text in files.items()}
         self.wanted[configuration] = self.text if stays else None
         self.found = {path: read(path) for path in self.wanted}
@@ -382,15 +395,60 @@ class Container(Gateway):
         self.command(*command, "-p", CONTAINER_NAME, "-f", str(folder / "docker-compose.yml"), *arguments)
 
 
+def be_present(module: AnsibleModule) -> dict[str, Any]:
+    """Serve the configuration where it shall be served, and nowhere else; return the result."""
+    contained = module.params["container"] is not None
+    native, container = Native(module, not contained), Container(module, contained)
+    gateway, other = (container, native) if contained else (native, container)
+    leaving = other if other.is_here else None
+    differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
+    changed = bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(gateway.digest)
+    before = served_digest(module.params["control_socket"])
+    result = {"digest": gateway.digest, "digest_before": before, "changed": changed, "diff": differing}
+    try:
+        if module.check_mode:
+            # Where the tmpfiles are yet to be made, nginx would find neither its sockets' directory nor its zones.
+            made = gateway.found[TMPFILES] == gateway.wanted[TMPFILES]
+            if changed and made and gateway.can_judge():
+                gateway.validate()
+        elif changed:
+            try:
+                gateway.switch(leaving)
+            except Refused as refusal:
+                try:
+                    gateway.put_back(leaving)
+                except Refused as second:
+                    raise Refused(f"{refusal}\nPutting the old files back failed too: {second}") from second
+                raise
+    except Refused as refusal:
+        module.fail_json(msg=f"The gateway keeps its old configuration. {refusal}", **{**result, "changed": False})
+    return result
+
+
+def be_absent(module: AnsibleModule) -> dict[str, Any]:
+    """Serve nothing, and leave none of its files; return the result."""
+    leaving = [gateway for gateway in (Native(module, False), Container(module, False)) if gateway.is_here]
+    differing = [difference for gateway in leaving for difference in differences(gateway.found, gateway.wanted)]
+    result = {"changed": bool(leaving), "diff": differing}
+    try:
+        for gateway in [] if module.check_mode else leaving:
+            gateway.stop()
+            gateway.forget()
+    except Refused as refusal:
+        module.fail_json(msg=f"It is still a gateway. {refusal}", **result)
+    return result
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
         argument_spec={
-            "configuration": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "configuration": {"type": "str"},
             "secrets": {"type": "dict", "default": {}, "no_log": True},
-            "control_socket": {"type": "path", "required": True},
-            "tmpfiles": {"type": "str", "required": True},
-            "unit_override": {"type": "str", "required": True},
+            "control_socket": {"type": "path"},
+            "tmpfiles": {"type": "str"},
+            "unit_override": {"type": "str"},
             "container": {
                 "type": "dict",
                 "options": {
@@ -402,36 +460,10 @@ def main() -> None:
             },
             "timeout": {"type": "int", "default": 15},
         },
+        required_if=[("state", "present", ("configuration", "control_socket", "tmpfiles", "unit_override"))],
         supports_check_mode=True,
     )
-    contained = module.params["container"] is not None
-    native, container = Native(module, not contained), Container(module, contained)
-    gateway, other = (container, native) if contained else (native, container)
-    leaving = other if other.is_here else None
-    differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
-    result = {
-        "digest": gateway.digest,
-        "changed": bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(gateway.digest),
-        "diff": differing,
-    }
-    try:
-        if module.check_mode:
-            # Where the tmpfiles are yet to be made, nginx would find neither its sockets' directory nor its zones.
-            made = gateway.found[TMPFILES] == gateway.wanted[TMPFILES]
-            if result["changed"] and made and gateway.can_judge():
-                gateway.validate()
-        elif result["changed"]:
-            try:
-                gateway.switch(leaving)
-            except Refused as refusal:
-                try:
-                    gateway.put_back(leaving)
-                except Refused as second:
-                    raise Refused(f"{refusal}\nPutting the old files back failed too: {second}") from second
-                raise
-    except Refused as refusal:
-        module.fail_json(msg=f"The gateway keeps its old configuration. {refusal}", **{**result, "changed": False})
-    module.exit_json(**result)
+    module.exit_json(**(be_present(module) if module.params["state"] == "present" else be_absent(module)))
 
 
 if __name__ == "__main__":
