@@ -156,6 +156,8 @@ class Crowd:
     patience: float = 5.0
     """Seconds after which a client that was refused does not come again."""
     answers: list[Answer] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    """Seconds that each user who was served has waited before his work, refusals and pauses included."""
 
     def __post_init__(self) -> None:
         """Number the clients."""
@@ -169,6 +171,8 @@ class Crowd:
         while True:
             answer = await attempt(self.port, client, f"generate?seconds={seconds:.3f}")
             self.answers.append(answer)
+            if answer.status == 200:
+                self.waits.append(answer.ended - began - seconds)
             if answer.status not in REFUSALS:
                 return answer.status == 200
             pause = self.pause(answer)

@@ -29,6 +29,9 @@ UNITS = {
     "broken": Unit("broken"),
     "served_at_once": Unit("served without coming again, %", 100, 0),
     "seconds_until_all_served": Unit("all served after, s", 1, 2),
+    "wait_p50": Unit("wait p50, s", 1, 2),
+    "wait_p95": Unit("p95, s", 1, 2),
+    "idle": Unit("slots idle meanwhile, %", 100, 0),
     "jain": Unit("Jain's index", 1, 2),
     "least": Unit("answers of the least served"),
     "most": Unit("of the most served"),
@@ -48,7 +51,8 @@ TEXTS = {
     "refusal": "All slots are held, and HAProxy's queue is full. A new connection for each request.",
     "overload": "1.5 times as many users as can be served come at random; one who is refused gives up after 5 s. Work "
     "of 0.4 to 0.6 s. Time of refusals includes a load generator that shares the two cores.",
-    "burst": "24 requests at once on 12 slots.",
+    "burst": "24 requests at once on 12 slots, by clients who do not come again, and by others who do, as Retry-After "
+    "says: what these wait for, and how idle the slots are until the last of them is served.",
     "fairness": "24 clients on 12 slots, each of whom always wants one more.",
     "throughput": "Tiny requests over 6 kept connections of one client, by wrk, through to the simulated GPUs.",
     "size": "The same GPUs behind so many instances; CPU and requests a second as in throughput.",

@@ -240,20 +240,25 @@ def fairness(arena: Arena, extent: Extent) -> Figures:
 
 
 def burst(arena: Arena, extent: Extent) -> Figures:
-    """Twice as many requests as slots, all at once: how many are served at once, and when the last is with retries."""
+    """Twice as many requests as slots, all at once: how many are served at once, and what all wait for with retries."""
     figures = _figures()
     for number, gateway in arena.turns(extent.bursts):
         gpus = arena.gpus(gateway)
         rng = random.Random(number)
         work = [rng.uniform(*WORK) for _ in range(2 * gpus.slots)]
-        for measure, patience in (("served_at_once", 0.0), ("seconds_until_all_served", 15.0)):
+        for patience in (0.0, 15.0):
             mark, began = gpus.mark(), time.monotonic()
             crowd = Crowd(gateway.port, as_told, patience=patience)
             asyncio.run(crowd.arrive([0.0] * len(work), work))
-            served = [answer for answer in crowd.answers if answer.status == 200]
-            share = len(served) / len(work)
-            value = share if not patience else max(answer.ended for answer in served) - began
-            _note(figures, gateway.contender.name, **{measure: value}, most_running=most_running(gpus.events(mark)))
+            seconds, events = time.monotonic() - began, gpus.events(mark)
+            seen: dict[str, float] = {"most_running": most_running(events)}
+            if patience:
+                seen["seconds_until_all_served"] = seconds
+                seen |= {f"wait_p{percent}": percentile(crowd.waits, percent) for percent in (50, 95)}
+                seen["idle"] = 1 - busy_seconds(events, began, began + seconds) / (gpus.slots * seconds)
+            else:
+                seen["served_at_once"] = len(crowd.waits) / len(work)
+            _note(figures, gateway.contender.name, **seen)
     return figures
 
 
