@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from ansible_collections.gpufleet.core.plugins.module_utils import instances
+from ansible_collections.gpufleet.core.plugins.module_utils import gateway_state, instances
 from ansible_collections.gpufleet.core.plugins.module_utils.instances import Answer, Instance
 from ansible_collections.gpufleet.core.plugins.modules import drain
 from ansible_collections.gpufleet.core.plugins.modules.drain import CONNECT_ATTEMPTS, SETTLE_SECONDS
@@ -125,6 +125,15 @@ def test_waits_for_the_last_request_with_the_flag_raised(
     assert flags == [True]
     assert 1.4 < result["seconds"] < 3
     assert result["busy"] == {}
+
+
+def test_of_several_gateways_all_but_the_last_raise_the_flag_and_go_on(
+    run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
+) -> None:
+    result = run(guard(in_flight=2).port, wait=False)
+    assert (result["flags"], result["busy"]) == (["a"], {})
+    assert result["seconds"] < SETTLE_SECONDS
+    assert (tmp_path / "drain" / "a").exists()
 
 
 def test_who_waits_there_is_sent_away_while_the_work_goes_on(
@@ -271,10 +280,21 @@ def test_the_agent_may_read_the_audit_log_whatever_umask(run: Callable[..., dict
     assert log.stat().st_mode & 0o777 == 0o600, "an operator's own choice stays"
 
 
+def test_an_audit_log_that_is_long_begins_anew(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_state, "AUDIT_BYTES", 100)
+    for state in ("drained", "serving", "drained"):
+        run(None, state=state)
+    old = (tmp_path / "audit.log.1").read_text().splitlines()
+    assert [json.loads(line)["what"] for line in old] == ["undrain"]
+    assert [line["what"] for line in audit(tmp_path)] == ["drain"]
+
+
 def test_an_audit_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "audit.log").mkdir()
     warnings: list[str] = []
-    options = {"owner": "operator", "by": "alice@desk", "reason": "", "timeout": 1, "audit": []}
+    options = {"owner": "operator", "by": "alice@desk", "reason": "", "wait": True, "timeout": 1, "audit": []}
     parameters = {"instances": [{"id": "a"}], "state": "drained", "directory": str(tmp_path), **options}
     assert drain.run(parameters, False, warnings.append)["flags"] == ["a"]
     (warning,) = warnings

@@ -101,3 +101,25 @@ def test_who_comes_back_takes_nothing_away(operator: Operator, active: str, page
     found = operator.document("doctor")
     assert found["faults"] == []
     assert found["gateways"] == [{"host": host, "has_vip": host == active} for host in sorted(pages)]
+
+
+def test_a_drain_is_raised_on_both_before_anybody_waits(
+    operator: Operator,
+    fleet: dict[str, Any],
+    service: dict[str, Any],
+    url: Callable[..., str],
+    client_addresses: list[str],
+    active: str,
+    pages: dict[str, Page],
+) -> None:
+    """Else the second one, which has the address now, would go on to fill every slot that gets free."""
+    assert active != fleet["gateways"][0]["host"]
+    instance = next(one for one in fleet["instances"] if one["service"] == service["name"])
+    with SteadyLoad(
+        url("audio-generate", service=service["name"]), client_addresses, {"text": "换"}, patience=PATIENCE
+    ):
+        time.sleep(1)
+        operator.play("drain", target=instance["id"], drain_timeout=20)
+    operator.play("undrain", target=instance["id"])
+    for page in pages.values():
+        page.wait_for("ready", seconds=20)

@@ -76,6 +76,13 @@ options:
   down_directory:
     description: Where the agent flags instances that it found down; with O(require_ready) such a flag must be gone too.
     type: path
+  wait:
+    description:
+      - With O(state=drained), whether to wait until the instances work on nothing.
+      - Of several gateways only the last one that is told should - any other may be the one that clients ask, and
+        sends requests until its own flag is up.
+    type: bool
+    default: true
   timeout:
     description: With O(state=drained), seconds after which the wait for busy instances ends in an error.
     type: float
@@ -251,14 +258,15 @@ def await_ready(instances: Iterable[Instance], timeout: float, down: Path | None
         time.sleep(POLL_SECONDS)
 
 
-def drained(gateway: Gateway, instances: list[Instance], timeout: float, check: bool) -> dict[str, Any]:
-    """Raise the flags and wait until the instances are idle; return the module's result."""
+def drained(gateway: Gateway, instances: list[Instance], timeout: float | None, check: bool) -> dict[str, Any]:
+    """Raise the flags and, with a time limit, wait until the instances are idle; return the module's result."""
     raised = [instance for instance in instances if gateway.needs_flag(instance)]
     unreachable: dict[str, str] = {}
     busy: dict[str, str] = {}
     if not check:
         for instance in raised:
             gateway.raise_flag(instance)
+    if not check and timeout is not None:
         unreachable, busy = await_idle(instances, timeout, give_up_mute=gateway.owner == "rollout")
     return {"flags": [instance.id for instance in raised], "silent": unreachable, "busy": busy}
 
@@ -343,7 +351,7 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
     ]
     gateway = Gateway(Path(parameters["directory"]), parameters["owner"], parameters["by"], parameters["reason"])
     if parameters["state"] == "drained":
-        result = drained(gateway, instances, parameters["timeout"], check)
+        result = drained(gateway, instances, parameters["timeout"] if parameters["wait"] else None, check)
     elif parameters["state"] == "forgotten":
         result = forgotten(gateway, instances, check)
     elif parameters["state"] == "taken_over":
@@ -387,6 +395,7 @@ def main() -> None:
             "reason": {"type": "str", "default": ""},
             "require_ready": {"type": "float", "default": 0},
             "down_directory": {"type": "path"},
+            "wait": {"type": "bool", "default": True},
             "timeout": {"type": "float", "default": 315},
             "audit": {"type": "list", "elements": "dict", "default": []},
             "directory": {"type": "path", "default": "/var/lib/gpufleet-gateway"},
