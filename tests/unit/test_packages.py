@@ -6,8 +6,8 @@ from ansible_collections.gpufleet.core.plugins.action.packages import missing, q
 
 
 def test_only_what_dpkg_calls_installed_is_there() -> None:
-    listing = "supervisor installed\nnginx config-files\nlibc6:amd64 installed\nespeak-ng half-configured\n"
-    assert missing(["supervisor"], listing) == []
+    listing = "supervisor installed\nnginx config-files\nlibsndfile1 installed\nespeak-ng half-configured\n"
+    assert missing(["supervisor", "libsndfile1"], listing) == []
     assert missing(["supervisor", "nginx", "espeak-ng", "sox"], listing) == ["nginx", "espeak-ng", "sox"]
     assert missing(["supervisor"], "") == ["supervisor"]
 

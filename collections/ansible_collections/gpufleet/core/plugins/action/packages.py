@@ -18,7 +18,7 @@ APT = {"install_recommends": False, "update_cache": True, "cache_valid_time": 86
 
 def query(names: Iterable[str]) -> str:
     """Return the command that lists which packages are known to dpkg, and in which state."""
-    return shlex.join(["dpkg-query", "--show", "--showformat=${binary:Package} ${db:Status-Status}\\n", "--", *names])
+    return shlex.join(["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\\n", "--", *names])
 
 
 def missing(names: Iterable[str], listing: str) -> list[str]:
