@@ -38,7 +38,7 @@ def render(role: str, template: str, fleet: dict[str, Any], **variables: Any) ->
     """Return the text of ``roles/<role>/templates/<template>`` for a fleet."""
     _plugins()
     folder = PROJECT / "roles" / role
-    defaults = yaml.safe_load((folder / "defaults/main.yml").read_text())
+    defaults = _trusted(yaml.safe_load((folder / "defaults/main.yml").read_text()))
     templar = Templar(DataLoader(), {**defaults, "ansible_managed": "Ansible managed", "fleet": fleet, **variables})
     text = (folder / "templates" / template).read_text()
     rendered: str = templar.copy_with_new_env().template(trust_as_template(text))

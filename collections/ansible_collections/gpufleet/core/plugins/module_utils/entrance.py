@@ -185,12 +185,14 @@ def tls(given: Any, port: int, gateways: int, faults: Faults) -> dict[str, Any] 
 
 
 def container(
-    given: Any, port: int, tls: Mapping[str, Any] | None, monitored: bool, faults: Faults
+    given: Any, port: int, tls: Mapping[str, Any] | None, monitored: bool, serving: Iterable[str], faults: Faults
 ) -> dict[str, Any] | None:
     """The container that nginx runs in, or None where it runs natively.
 
     It is in the host's own network unless `publish` is given: then that port of the host leads to ``port``, that of
     plain HTTP, and all others are the same inside and outside.
+
+    :param serving: the gateways that have GPUs of their own.
     """
     if given is ABSENT or given is None:
         return None
@@ -220,6 +222,9 @@ def container(
         faults.add("all", variable, publish, "the gateway has this port already", "Give another one")
     if publish is not None and monitored:
         problem = "a container with a network of its own does not reach the exporters of its host"
+        faults.add("all", variable, publish, problem, "Leave it out, and clients come to fleet_port")
+    for host in serving if publish is not None else ():
+        problem = f"a container with a network of its own does not reach the GPUs of its host, and {host} has some"
         faults.add("all", variable, publish, problem, "Leave it out, and clients come to fleet_port")
     return {"image": images.get("image"), "base_image": images.get("base_image"), "publish": publish}
 

@@ -135,8 +135,9 @@ def derive(
             entrance.CONTAINER_VARIABLE,
         )
     )
+    serving = [gateway["host"] for gateway in gateways if gateway["host"] in groups.get(gpu_group, ())]
     tls = entrance.tls(given_tls, port, len(gateways), faults)
-    container = entrance.container(given_container, port, tls, bool(monitoring), faults)
+    container = entrance.container(given_container, port, tls, bool(monitoring), serving, faults)
     published = container["publish"] if container and container["publish"] else port
     ports = [published] if tls is None else [*(published if p == port else p for p in tls["plain_ports"]), tls["port"]]
     members = {*groups.get(gpu_group, ()), *(entry["host"] for entry in (*gateways, *monitoring))}
@@ -261,15 +262,12 @@ def _ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _address(host: str, variables: Mapping[str, Any], faults: Faults) -> str:
     """Where the gateway reaches a host: ``fleet_address``, else ``ansible_host``, else its name."""
-    for variable in ADDRESS_VARIABLES:
-        value = variables.get(variable)
-        if value is None:
-            continue
-        if not isinstance(value, str) or not _ADDRESS.fullmatch(value):
-            faults.add(f"host {host}", variable, value, "not an address or host name", "Give an IP address")
-        ip = _ip(str(value))
-        return f"[{ip}]" if ip and ip.version == 6 else str(value)  # as URLs and nginx write it
-    return host
+    variable = next((name for name in ADDRESS_VARIABLES if variables.get(name) is not None), None)
+    address = variables[variable] if variable else host
+    if variable and not (isinstance(address, str) and _ADDRESS.fullmatch(address)):
+        faults.add(f"host {host}", variable, address, "not an address or host name", "Give an IP address")
+    ip = _ip(str(address))
+    return f"[{ip}]" if ip and ip.version == 6 else str(address)  # as URLs and nginx write it
 
 
 def _gpus(host: str, variables: Mapping[str, Any], faults: Faults) -> list[dict[str, Any]]:
