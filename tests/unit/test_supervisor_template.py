@@ -96,7 +96,7 @@ def test_one_program_per_instance_of_this_host_on_explicit_releases(programs: Ca
             "CUDA_VISIBLE_DEVICES": str(index),
             "HOME": "/var/lib/gpufleet",
             "PYTHONUNBUFFERED": "1",
-            "SLOT_GUARD_ADMIN_FROM": "10.0.0.100,127.0.0.1",
+            "SLOT_GUARD_ADMIN_FROM": "0.0.0.0/0,::/0",
             "SLOT_GUARD_APP": "tts.app:app",
             "SLOT_GUARD_FAILURES": "3",
             "SLOT_GUARD_INSTANCE": f"tts-gpu01-{index}",
@@ -192,12 +192,25 @@ def test_supervisor_itself_hands_on_the_smoke_request(programs: Callable[..., di
         ("[fd00::1]", ("[fd00::64]",), "fd00::64,fd00::1"),
     ],
 )
-def test_gateways_and_the_roll_out_itself_may_ask_the_guard(
+def test_without_a_firewall_gateways_and_the_roll_out_itself_may_ask_the_guard(
     programs: Callable[..., dict[str, Any]], address: str, gateways: tuple[str, ...], admitted: str
 ) -> None:
-    (program,) = programs(fleet({"gpu_count": 1}, gateways), gpu_workers_bind_address=address).values()
+    options = {"gpu_workers_bind_address": address, "gpu_workers_firewall": False}
+    (program,) = programs(fleet({"gpu_count": 1}, gateways), **options).values()
     assert program.environment["SLOT_GUARD_ADMIN_FROM"] == admitted
     assert gunicorn_settings(program).bind == [f"{address}:12321"]
+
+
+def test_a_gateway_more_restarts_no_program_behind_a_firewall(programs: Callable[..., dict[str, Any]]) -> None:
+    alone, pair = (
+        programs(fleet({"gpu_count": 1}, names)) for names in (("10.0.0.100",), ("10.0.0.100", "10.0.0.101"))
+    )
+    assert [program.environment for program in alone.values()] == [program.environment for program in pair.values()]
+
+
+def test_a_host_with_an_ipv6_address_listens_there(programs: Callable[..., dict[str, Any]]) -> None:
+    (program,) = programs(fleet({"gpu_count": 1, "fleet_address": "fd00::1"})).values()
+    assert gunicorn_settings(program).bind == ["[::]:12321"]
 
 
 def test_logs_rotate_as_the_role_is_told(programs: Callable[..., dict[str, Any]]) -> None:
