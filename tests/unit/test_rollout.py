@@ -13,6 +13,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.gpufleet.core.plugins.action.rollout_progress import report
 from ansible_collections.gpufleet.core.plugins.filter.rollout import (
     batches,
+    changes,
     outcomes,
     programs_on_release,
     removable,
@@ -139,6 +140,18 @@ def test_outcomes_say_why_and_what_it_took(fleet: dict[str, Any]) -> None:
     busy = {"failed": True, "results": [{"failed": True, "msg": "Still at work"}]}
     (early,) = outcomes(step, busy, {"gpu01": {"pending": []}})
     assert early["result"] == "not begun: Still at work"
+
+
+def test_the_audit_log_has_what_a_run_changed_without_a_rollout(fleet: dict[str, Any]) -> None:
+    programs = {"gpu01": {"added": ["gpufleet-tts-1"], "started": ["gpufleet-tts-0"]}, "gpu02": {}}
+    nginx = {"changed": True, "digest": "b", "digest_before": "a"}
+    told = changes(fleet, programs, "gw1", nginx)
+    assert [(line["what"], line["instance"], line["from"], line["to"]) for line in told] == [
+        ("add", "tts-gpu01-1", None, "serving"),
+        ("start", "tts-gpu01-0", "down", "serving"),
+        ("configure", "gw1", "a", "b"),
+    ]
+    assert changes(fleet, {"gpu01": {"added": []}}, "gw1", {"changed": False}) == []
 
 
 def test_progress_tells_the_last_batch_and_the_time_to_go_and_the_end_tells_all(fleet: dict[str, Any]) -> None:

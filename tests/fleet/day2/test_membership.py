@@ -22,6 +22,7 @@ def test_a_host_a_card_and_a_slot_leave_and_come_back(
     load: SteadyLoad,
     pids: Callable[..., dict[str, str]],
     ledger: Callable[[], list[Any]],
+    audit: Callable[[], list[dict[str, Any]]],
     on: Callable[[str], Host],
 ) -> None:
     before = pids()
@@ -56,6 +57,9 @@ def test_a_host_a_card_and_a_slot_leave_and_come_back(
     inventory.restore()
     operator.play("site")
     assert seen() == (dict.fromkeys(before, "ready"), 12)
+    assert {line["instance"] for line in audit() if line["what"] == "add"} == {card, *host}
+    first, second, third = (line for line in audit() if line["what"] == "configure")
+    assert (first["to"], second["to"]) == (second["from"], third["from"])
     wait_until(lambda: {event.instance for event in ledger()[-60:]} == set(before), 30)
 
 

@@ -99,11 +99,14 @@ def _batch_size(batch: Any, total: int) -> int:
     return max(1, total * int(number) // 100) if text.endswith("%") else int(number)
 
 
-def outcomes(batch: Sequence[Entry], drained: Mapping[str, Any], results: Mapping[str, Any]) -> list[Entry]:
+def outcomes(
+    batch: Sequence[Entry], drained: Mapping[str, Any], results: Mapping[str, Any], what: str = "rollout"
+) -> list[Entry]:
     """Return for each entry of a batch what became of it, in the form of the audit log.
 
     :param drained: result of the drain on all gateways.
     :param results: by host the result of supervisor_programs; of a batch that was not drained they are older ones.
+    :param what: what the operator calls it.
     """
     gateways = [one for one in drained.get("results", []) if isinstance(one, Mapping)]
     waited = max((one.get("seconds", 0) for one in gateways), default=0)
@@ -121,7 +124,7 @@ def outcomes(batch: Sequence[Entry], drained: Mapping[str, Any], results: Mappin
             outcome, seconds = "ok", {"drain": waited, **result.get("seconds", {})}
         told.append(
             {
-                "what": "rollout",
+                "what": what,
                 "instance": entry["id"],
                 "change": entry["change"],
                 "from": entry["from"],
@@ -130,6 +133,28 @@ def outcomes(batch: Sequence[Entry], drained: Mapping[str, Any], results: Mappin
                 "seconds": seconds,
             }
         )
+    return told
+
+
+def changes(
+    fleet: Mapping[str, Any], programs: Mapping[str, Mapping[str, Any]], gateway: str, nginx: Mapping[str, Any]
+) -> list[Entry]:
+    """Return what a run has changed that is no rollout, in the form of the audit log.
+
+    :param programs: by host the result of supervisor_programs, which stopped none.
+    :param gateway: the gateway whose log it is.
+    :param nginx: the result of nginx_config there.
+    """
+    names = {(instance["host"], instance["program"]): instance["id"] for instance in fleet["instances"]}
+    told = [
+        {"what": what, "instance": names[host, program], "from": before, "to": "serving", "result": "ok"}
+        for host, result in sorted(programs.items())
+        for what, before, done in (("add", None, "added"), ("start", "down", "started"))
+        for program in result.get(done, ())
+    ]
+    if nginx.get("changed"):
+        digests = {"from": nginx.get("digest_before"), "to": nginx["digest"]}
+        told.append({"what": "configure", "instance": gateway, **digests, "result": "ok"})
     return told
 
 
@@ -153,6 +178,7 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Name the filters of this module."""
         return {
+            "fleet_changes": changes,
             "fleet_target": target,
             "fleet_removable": removable,
             "programs_on_release": programs_on_release,

@@ -18,6 +18,8 @@ from typing import Any
 Record = dict[str, Any]
 
 AUDIT_LOG = "audit.log"
+AUDIT_BYTES = 10_000_000
+"""At this size, after some 40,000 changes, the audit log begins anew, and one old one is kept."""
 
 
 def utc_now() -> str:
@@ -77,9 +79,12 @@ def append_audit(directory: Path, lines: list[Record]) -> None:
     if not lines:
         return
     make_directory(directory)
+    log = directory / AUDIT_LOG
+    if log.exists() and log.stat().st_size > AUDIT_BYTES:
+        log.replace(f"{log}.1")
     text = "".join(json.dumps({"time": utc_now(), **line}, ensure_ascii=False) + "\n" for line in lines)
     # One write in append mode: lines of two runs cannot mix.
-    descriptor = os.open(directory / AUDIT_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.fstat(descriptor).st_size == 0:
             os.fchmod(descriptor, 0o644)  # whatever root's umask: the agent reads it, who is not root

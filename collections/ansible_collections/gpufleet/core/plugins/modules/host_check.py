@@ -83,10 +83,6 @@ vip_interface:
   description: The network interface that O(vip_beside) is on, or O(vip_interface); empty without O(vip_beside).
   returned: success
   type: str
-is_gateway:
-  description: Whether nginx has a configuration of ours.
-  returned: success
-  type: bool
 monitored:
   description: Whether the role monitoring had the host tell its metrics.
   returned: success
@@ -389,7 +385,7 @@ def main() -> None:
     faults = [f"host {module.params['host']}: {line}" for line in (*check(module), *unfit)]
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
-    found = {"is_gateway": is_our_gateway(), "monitored": MONITORED.exists(), "monitors": MONITORS.exists()}
+    found = {"monitored": MONITORED.exists(), "monitors": MONITORS.exists()}
     module.exit_json(changed=False, vip_interface=interface, **found)
 
 
