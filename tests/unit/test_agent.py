@@ -743,7 +743,7 @@ def test_the_status_of_a_healthy_cluster():
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
         **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "started": None, "slots": 2},
         **{"in_flight": 1, "waiting": None, "queue": None, "served": 10, "refused": None, "failed": None},
-        **{"version": None},
+        **{"version": None, "drained": False},
     }
     assert health(seen) == "healthy\n"
 

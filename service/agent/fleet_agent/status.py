@@ -127,6 +127,11 @@ def metrics(document: Mapping[str, Any], seconds: float) -> str:
     ):
         known = [entry for entry in entries if entry[field] is not None]
         family(f"instance_{name}", text, [(_labels(entry), entry[field]) for entry in known])
+    for field, text in (
+        ("drained", "1 while an operator or a roll-out keeps requests away."),
+        ("warning", "1 while something is wrong with an instance that serves all the same."),
+    ):
+        family(f"instance_{field}", text, [(_labels(entry), int(bool(entry[field]))) for entry in entries])
     outcomes = [
         ({**_labels(entry), "outcome": outcome}, entry[outcome])
         for entry in entries
@@ -160,6 +165,7 @@ def _entry(view: View, instance: Instance) -> dict[str, Any]:
         "slots": instance.slots,
         **{name: standing.numbers.get(name) for name in _COUNTS},
         "version": standing.numbers.get("version") or None,
+        "drained": instance.id in view.drained,
     }
 
 
