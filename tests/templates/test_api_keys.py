@@ -241,7 +241,8 @@ def test_a_killed_worker_takes_no_share_of_a_key_with_it(gateway):
                 while cluster.running < 4:
                     await asyncio.sleep(0.01)
                 gateway.kill_workers()
-                assert all(isinstance(answer, httpx.TransportError) for answer in await requests)
+                # 502 is what the worker that clients are at tells of one that died before it with the inner server.
+                assert all(isinstance(answer, httpx.TransportError) or answer.is_error for answer in await requests)
                 while cluster.running:
                     await asyncio.sleep(0.01)
                 await taken_over(cluster, ALICE, 200)

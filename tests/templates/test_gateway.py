@@ -28,7 +28,7 @@ def test_nginx_accepts_any_size(gateway, hosts):
 
 def test_nginx_accepts_every_option(gateway, certificate):
     gateway.write(
-        article_fleet(route="/", queue=2, entrance={**TLS, "api_keys": KEYS}),
+        article_fleet(route="/", queue=2, entrance={**TLS, "api_keys": KEYS, "fleet_address": "fd00::64"}),
         certificate,
         gateway_log_format="json",
         gateway_trusted_proxies=["10.0.0.0/8", "192.168.1.1"],
@@ -61,6 +61,8 @@ def test_one_client_gets_its_limit(gateway):
         async with running(gateway, article_fleet(), gateway_worker_processes="4") as cluster:
             assert statuses(await cluster.burst(20, clients=1)) == {200: 6, 503: 14}
             assert cluster.started == 6
+            # In the service's own log, where its metrics are counted.
+            assert sum(" 503 " in line for line in await gateway.logged(20)) == 14
 
     asyncio.run(scenario())
 
