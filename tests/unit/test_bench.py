@@ -93,7 +93,7 @@ def results(**changes: float) -> dict[str, dict[str, dict[str, list[float]]]]:
     ("changes", "missed"),
     [
         ({}, []),
-        ({"slot_use": 0.9799}, ["98 % or more", "no rival has more"] * 2),
+        ({"slot_use": 0.9799}, ["98 % or more", "no rival has more, beyond noise"] * 2),
         ({"most_running": 3}, ["never more than 2"]),
         ({"refusal_p99": 0.0051}, ["refusal p99"]),
         ({"whole_p50": 0.00127}, ["1.3 times"]),
