@@ -122,6 +122,8 @@ class Gateway:
 
     def start(self) -> None:
         """Start and wait until it listens and has workers: before these, a signal to reload would end it."""
+        for left in self.folder.glob("run/gpufleet-gateway/*.sock"):  # by one that was killed; so does its systemd unit
+            left.unlink()
         foreground = ["-W"] if self.contender.program == "haproxy" else ["-g", "daemon off;"]
         with (self.folder / "output.log").open("w") as output:
             process = self._process = subprocess.Popen(

@@ -84,14 +84,19 @@ class Fleet(Stage):
     def reload_gateway(self) -> None:
         self.sh(GATEWAY, "systemctl reload nginx")
 
-    def kill_gateway_workers(self, chosen: str = "") -> None:
+    def kill_gateway_workers(self, most: int | None = None) -> None:
         """Kill them, and wait until the gateway counts anew: until then their slots are lost."""
         zones = "cat /run/gpufleet-gateway/zones/*.conf"
         before = self.sh(GATEWAY, zones)
+        chosen = f"| head -{most}" if most else ""
         with self.strike():
             self.sh(GATEWAY, f"kill -9 $(pgrep --parent $(cat /run/nginx.pid) {chosen})")
         wait_until(lambda: self.sh(GATEWAY, zones) != before, 10)
         self.note = f"the gateway counted anew {time.monotonic() - self.cause_gone:.1f} s after"
+
+    def cut_gateway_power(self) -> None:
+        with self.strike():
+            self.engine.docker("restart", "--time", "0", self.containers[GATEWAY])
 
     def kill_worker(self, instance: dict[str, Any]) -> None:
         self.sh(instance["host"], f"kill -9 $(pgrep --parent $(supervisorctl pid {instance['program']}))")

@@ -85,11 +85,16 @@ class Loopback(Stage):
     def reload_gateway(self) -> None:
         self._gateway.begin_reload()
 
-    def kill_gateway_workers(self) -> None:
-        killed = self._gateway.pids[1:]
+    def kill_gateway_workers(self, most: int | None = None) -> None:
+        self._kill_gateway(self._gateway.pids[1:][:most])
+
+    def cut_gateway_power(self) -> None:
+        self._kill_gateway(self._gateway.pids)
+
+    def _kill_gateway(self, killed: Sequence[int]) -> None:
         with self.strike():
             kill(killed, signal.SIGKILL)
-            wait_until(lambda: self._gateway.serves and not set(killed) & set(self._gateway.pids), 20)
+            wait_until(lambda: not set(killed) & set(self._gateway.pids) and self._gateway.serves, 20)
 
     def kill_worker(self, instance: dict[str, Any]) -> None:
         kill(self.gpus.pids(instance["id"])[1:], signal.SIGKILL)

@@ -68,7 +68,7 @@ The article's own configuration (made loadable), a plain one-tier nginx and HAPr
 [bench/gateway/rivals](../bench/gateway/rivals). Each of them, and gpufleet, has a gateway and six simulated GPUs of two
 slots on loopback, two contenders at a time; app, clients, faults and reckoning are those of above. gpufleet has its
 guards, its agent and what renews its counts; the rivals have the app alone. Whatever ends is started again for all of
-them, as Supervisor and systemd do. Hosts that are unreachable or lose their power are not here, because loopback can
+them, as Supervisor and systemd do. GPU hosts that are unreachable or lose their power are not here: loopback can
 do neither honestly; nor is what only gpufleet has, an agent or a roll-out."""
 
 BESIDE_LEGEND = """\

@@ -68,10 +68,10 @@ def reload_storm(fleet: Stage) -> None:
     fleet.cause_is_gone()
 
 
-@row("kill -9 of one of the gateway's workers")
-def nginx_worker_killed(fleet: Fleet) -> None:
+@row("kill -9 of one of the gateway's workers", beside=True)
+def nginx_worker_killed(fleet: Stage) -> None:
     with fleet.load():
-        fleet.kill_gateway_workers("| head -1")
+        fleet.kill_gateway_workers(1)
 
 
 @row("kill -9 of all of the gateway's workers", beside=True)
@@ -80,8 +80,8 @@ def nginx_workers_killed(fleet: Stage) -> None:
         fleet.kill_gateway_workers()
 
 
-@row("kill -9 of all of the gateway's workers, three times within some seconds")
-def nginx_workers_killed_again(fleet: Fleet) -> None:
+@row("kill -9 of all of the gateway's workers, three times within some seconds", beside=True)
+def nginx_workers_killed_again(fleet: Stage) -> None:
     with fleet.load():
         for _ in range(3):
             fleet.kill_gateway_workers()
@@ -103,10 +103,10 @@ def gateway_supervisord_killed(fleet: Fleet) -> None:
         wait_until(lambda: fleet.sh(GATEWAY, "pgrep --count --full '[f]leet_agent --config' || true") == "1", 20)
 
 
-@row("The gateway loses its power and boots")
-def gateway_reboot(fleet: Fleet) -> None:
-    with fleet.load(seconds_after=0), fleet.strike():
-        fleet.engine.docker("restart", "--time", "0", fleet.containers[GATEWAY])
+@row("The gateway loses its power and boots", beside=True)
+def gateway_reboot(fleet: Stage) -> None:
+    with fleet.load(seconds_after=0):
+        fleet.cut_gateway_power()
 
 
 # A GPU and its host
@@ -167,8 +167,8 @@ def sick_card(fleet: Stage, fault: str) -> None:
         time.sleep(6)
 
 
-@row("An app whose answers are shorter than announced, on one card")
-def app_short(fleet: Fleet) -> None:
+@row("An app whose answers are shorter than announced, on one card", beside=True)
+def app_short(fleet: Stage) -> None:
     sick_card(fleet, "short")
 
 

@@ -93,8 +93,12 @@ class Stage(ABC):
         """Have the gateway take its configuration over again."""
 
     @abstractmethod
-    def kill_gateway_workers(self) -> None:
-        """Kill all processes of the gateway that serve clients."""
+    def kill_gateway_workers(self, most: int | None = None) -> None:
+        """Kill processes of the gateway that serve clients: all, or at most so many."""
+
+    @abstractmethod
+    def cut_gateway_power(self) -> None:
+        """End all processes of the gateway at once, and have it start again."""
 
     @abstractmethod
     def kill_worker(self, instance: dict[str, Any]) -> None:
