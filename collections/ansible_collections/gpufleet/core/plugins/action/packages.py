@@ -13,6 +13,8 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 
+#: What the module apt needs, and installs by itself unless it only checks.
+PYTHON_APT = "python3-apt"
 APT = {"install_recommends": False, "update_cache": True, "cache_valid_time": 86400}
 
 
@@ -41,9 +43,12 @@ class ActionModule(ActionBase):
         """Install what is missing; the result is then that of the module apt."""
         super().run(tmp, task_vars)
         names = list(self._task.args["name"])
-        listing = self._low_level_execute_command(query(names))["stdout"]
-        if not missing(names, listing):
+        listing = self._low_level_execute_command(query([*names, PYTHON_APT]))["stdout"]
+        absent = missing(names, listing)
+        if not absent:
             return {"changed": False}
+        if self._task.check_mode and missing([PYTHON_APT], listing):
+            return {"changed": True, "msg": f"apt would be asked for {', '.join(absent)}"}
         arguments = {**APT, "name": names}
         result: dict[str, Any] = self._execute_module("ansible.builtin.apt", module_args=arguments, task_vars=task_vars)
         return result
