@@ -286,14 +286,16 @@ def test_what_only_gpu_hosts_need_is_not_asked_of_a_gateway(capsys: pytest.Captu
     assert "preflight_free_gigabytes" not in result.get("msg", "")
 
 
-@pytest.mark.parametrize("found", [[], ["MONITORED"], ["MONITORED", "MONITORS"]], ids=" ".join)
-def test_what_monitoring_has_left_on_a_host_is_told(
+@pytest.mark.parametrize(
+    "found", [[], ["monitored"], ["monitored", "monitors"], ["certified", "has_vip"]], ids=" ".join
+)
+def test_what_was_left_on_a_host_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: list[str]
 ) -> None:
     monkeypatch.setattr(host_check, "check", lambda module: [])
-    for name in ("MONITORED", "MONITORS"):
-        monkeypatch.setattr(host_check, name, tmp_path / name)
+    traces = {name: tmp_path / name for name in host_check.TRACES}
+    monkeypatch.setattr(host_check, "TRACES", traces)
     for name in found:
-        (tmp_path / name).touch()
+        traces[name].touch()
     result = run(capsys)
-    assert {name.upper() for name in ("monitored", "monitors") if result[name]} == set(found)
+    assert [name for name in traces if result[name]] == found

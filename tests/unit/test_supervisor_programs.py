@@ -439,9 +439,10 @@ def test_neither_diff_nor_result_show_secrets(bench: Bench) -> None:
     bench.run(bench.program(0, environment="TOKEN='hunter2',SLOT_GUARD_SLOTS='2'"))
     result = bench.run(bench.program(0, environment="TOKEN='hunter3',SLOT_GUARD_SLOTS='3'"), diff=True)
     assert "hunter" not in json.dumps(result)
-    assert "environment SLOT_GUARD_SLOTS = 2\n" in result["diff"]["before"]
-    assert "environment SLOT_GUARD_SLOTS = 3\n" in result["diff"]["after"]
-    assert result["diff"]["before"].count("(hidden, ") == 1
+    (diff,) = result["diff"]
+    assert "environment SLOT_GUARD_SLOTS = 2\n" in diff["before"]
+    assert "environment SLOT_GUARD_SLOTS = 3\n" in diff["after"]
+    assert diff["before"].count("(hidden, ") == 1
 
 
 def described(version: str, index: int = 0) -> dict[str, str]:
@@ -570,6 +571,21 @@ def test_a_supervisord_that_does_not_come_up_is_named(bare: Bench, monkeypatch: 
     assert f"nothing answers at {bare.socket}" in message
     assert "Unit supervisor.service not found" in message
     assert not bare.file.exists()
+
+
+def test_files_are_there_before_the_program_that_reads_them_starts(bench: Bench) -> None:
+    path = bench.root / "read" / "config"
+    reader = bench.script("reader", f"print(open({str(path)!r}).read(), flush=True)\nimport time\ntime.sleep(9)")
+    program = bench.program(0, reader, startsecs=1)
+    predicted = bench.run(program, files={str(path): "text 1"}, check=True, diff=True)
+    assert predicted["changed"] and not path.exists()
+    assert [diff["after"] for diff in predicted["diff"][1:]] == ["text 1"]
+    assert bench.run(program, files={str(path): "text 1"})["changed"]
+    assert "text 1" in (bench.root / "log/gpufleet-a-0.log").read_text()
+    pids = bench.pids()
+    assert bench.run(program, files={str(path): "text 2"})["changed"]
+    assert path.read_text() == "text 2" and bench.pids() == pids
+    assert not bench.run(program, files={str(path): "text 2"})["changed"]
 
 
 def test_each_file_of_programs_has_a_drop_in_of_its_own() -> None:

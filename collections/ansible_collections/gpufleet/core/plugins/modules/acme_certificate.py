@@ -113,8 +113,8 @@ class Certificate:
         """Remove what was made: nobody is led to it any more."""
         if self.renewal.exists():
             self.run("certbot", "delete", "--non-interactive", "--cert-name", LINEAGE)
-        write(self.hook, None)
         shutil.rmtree(self.directory, ignore_errors=True)
+        write(self.hook, None)  # last: by it host_check knows that there is something to forget
 
 
 def main() -> None:

@@ -91,6 +91,14 @@ monitors:
   description: Whether the role monitoring had the host collect metrics.
   returned: success
   type: bool
+certified:
+  description: Whether the role gateway had the host get a certificate from an ACME authority.
+  returned: success
+  type: bool
+has_vip:
+  description: Whether the role gateway had the host take part in the address of the gateways.
+  returned: success
+  type: bool
 """
 
 #: ID of /etc/os-release and its VERSION_IDs.
@@ -102,9 +110,13 @@ FIRST_PERSON = 1000
 GATEWAY_CONFIGURATIONS = (Path("/etc/nginx/nginx.conf"), Path("/etc/gpufleet-gateway/nginx.conf"))
 #: Who may hold a port of our own gateway: nginx itself, or what leads into its container.
 GATEWAY_PROCESSES = ("nginx ", "docker-proxy ")
-#: Drop-ins of the role monitoring: on every host, and on those with Prometheus.
-MONITORED = Path("/etc/systemd/system/prometheus-node-exporter.service.d/gpufleet.conf")
-MONITORS = Path("/etc/systemd/system/prometheus.service.d/gpufleet.conf")
+#: What shows that a host has been told to do something, which it may have to be told to leave.
+TRACES = {
+    "monitored": Path("/etc/systemd/system/prometheus-node-exporter.service.d/gpufleet.conf"),
+    "monitors": Path("/etc/systemd/system/prometheus.service.d/gpufleet.conf"),
+    "certified": Path("/etc/letsencrypt/renewal-hooks/deploy/gpufleet"),
+    "has_vip": Path("/etc/gpufleet-vip.conf"),
+}
 
 _LISTED_GPU = re.compile(r"^\s*(?P<kind>GPU|MIG)\b.*\(UUID: (?P<uuid>[^)]+)\)", re.MULTILINE)
 _TCP_LISTEN = "0A"  # state in /proc/net/tcp, proc(5)
@@ -385,7 +397,7 @@ def main() -> None:
     faults = [f"host {module.params['host']}: {line}" for line in (*check(module), *unfit)]
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
-    found = {"monitored": MONITORED.exists(), "monitors": MONITORS.exists()}
+    found = {name: path.exists() for name, path in TRACES.items()}
     module.exit_json(changed=False, vip_interface=interface, **found)
 
 

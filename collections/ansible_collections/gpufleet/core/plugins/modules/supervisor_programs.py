@@ -29,7 +29,8 @@ from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config im
     describe,
     parse_programs,
 )
-from ansible_collections.gpufleet.core.plugins.module_utils.unix_http import UnixConnection
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_rpc import Process, ProgramsError, Supervisor
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import Texts, differences, read, write
 
 DOCUMENTATION = r"""
 module: supervisor_programs
@@ -92,6 +93,10 @@ options:
     description: The systemd service to enable and start where nothing answers at O(socket).
     type: str
     default: supervisor
+  files:
+    description: Texts of files that the programs read, by path. They are there before a program is started.
+    type: dict
+    default: {}
   service_override:
     description: Text of a systemd drop-in for O(service), named like O(path), such as how long its stop may take.
     type: str
@@ -146,8 +151,6 @@ programs:
 """
 
 POLL_SECONDS = 0.25
-#: A local call is answered by supervisord's one loop; it never waits for a program here.
-RPC_TIMEOUT_SECONDS = 30.0
 #: How long one instance may take to answer while the import of a model holds its interpreter.
 ASK_TIMEOUT_SECONDS = 5.0
 #: What the kernel gets to end a process after SIGKILL; the GPU driver frees gigabytes in it.
@@ -164,115 +167,6 @@ DEFAULT_STOPWAITSECS = 10
 
 STARTED_STATES = frozenset({"STARTING", "RUNNING"})
 STOPPED_STATES = frozenset({"STOPPED", "EXITED", "FATAL", "UNKNOWN"})
-
-# supervisor.xmlrpc.Faults
-FAULT_ALREADY_STARTED = 60
-FAULT_NOT_RUNNING = 70
-FAULT_CANT_REREAD = 92
-
-
-class ProgramsError(Exception):
-    """The host cannot be brought to the wanted programs; the message is for the operator."""
-
-
-class _UnixTransport(xmlrpc.client.Transport):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        connection = UnixConnection(self._path, RPC_TIMEOUT_SECONDS)
-        self._connection = host, connection  # what the base class closes
-        return connection
-
-
-@dataclass(frozen=True)
-class Process:
-    """What supervisord says of one program; ``pid`` is 0 where it has no process."""
-
-    state: str
-    pid: int
-    was_started: bool
-    description: str
-
-
-class Supervisor:
-    """The programs of one prefix, as a running supervisord knows them.
-
-    Speaks the XML-RPC interface that supervisorctl speaks: states and pids come typed, faults with codes, and several
-    programs can stop at a time, while each supervisorctl call costs a Python start and a text to parse.
-    """
-
-    def __init__(self, path: str, prefix: str) -> None:
-        """Talk to the Unix socket ``path`` about the programs whose names begin with ``prefix``."""
-        self.path = path
-        self.prefix = prefix
-
-    def answers(self) -> bool:
-        """Tell whether supervisord is there."""
-        with contextlib.suppress(OSError):
-            self._call("getState")
-            return True
-        return False
-
-    def reread(self) -> Changes:
-        """Let supervisord read its files again and tell what they would change; nothing is started or stopped.
-
-        :raises ProgramsError: it refuses the files.
-        """
-        try:
-            added, changed, removed = self._call("reloadConfig")[0]
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode != FAULT_CANT_REREAD:
-                raise
-            raise ProgramsError(f"Supervisor refuses its configuration: {fault.faultString}") from fault
-        return Changes(*(sorted(name for name in names if self._ours(name)) for names in (added, changed, removed)))
-
-    def processes(self) -> dict[str, Process]:
-        """Return what runs, by program."""
-        return {
-            info["name"]: Process(info["statename"], info["pid"], info["start"] > 0, info["description"])
-            for info in self._call("getAllProcessInfo")
-            if self._ours(info["group"])
-        }
-
-    def start(self, name: str) -> str | None:
-        """Start a program, without waiting. Return why it cannot be started, or None."""
-        try:
-            self._call("startProcess", name, False)
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode != FAULT_ALREADY_STARTED:
-                return fault.faultString
-        return None
-
-    def stop(self, name: str) -> None:
-        """Send a program its stop signal, without waiting. SIGKILL follows after its stopwaitsecs."""
-        try:
-            self._call("stopProcess", name, False)
-        except xmlrpc.client.Fault as fault:
-            if fault.faultCode != FAULT_NOT_RUNNING:
-                raise
-
-    def add(self, name: str) -> None:
-        """Take a program up as the files have it; supervisord starts it by itself."""
-        self._call("addProcessGroup", name)
-
-    def remove(self, name: str) -> None:
-        """Forget a stopped program."""
-        self._call("removeProcessGroup", name)
-
-    def _ours(self, name: str) -> bool:
-        return name.startswith(self.prefix)
-
-    def _call(self, method: str, *arguments: object) -> Any:
-        try:
-            with xmlrpc.client.ServerProxy("http://localhost", transport=_UnixTransport(self.path)) as proxy:
-                return getattr(proxy.supervisor, method)(*arguments)
-        except xmlrpc.client.ProtocolError as error:
-            raise ProgramsError(
-                f"supervisord at {self.path} answers HTTP {error.errcode} {error.errmsg}. "
-                "Its [unix_http_server] must not ask for a password: mode 0700 keeps others out."
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -629,24 +523,21 @@ def override_path(module: AnsibleModule) -> Path:
     return Path(f"/etc/systemd/system/{module.params['service']}.service.d", Path(module.params["path"]).name)
 
 
-def override_differs(module: AnsibleModule) -> bool:
-    """Tell whether the drop-in is not what is wanted; it may be left out, and is then not looked at."""
-    path, text = override_path(module), module.params["service_override"]
-    return text is not None and not (path.exists() and path.read_text(encoding="utf-8") == text)
+def files_wanted(module: AnsibleModule) -> Texts:
+    """Return the files besides that of the programs; a drop-in that is left out is not looked at."""
+    files = {Path(path): text for path, text in module.params["files"].items()}
+    override = module.params["service_override"]
+    return files if override is None else {**files, override_path(module): override}
 
 
-def ensure_override(module: AnsibleModule) -> bool:
-    """Write the drop-in; it holds from the next stop of the service on. Return whether it had to be written."""
-    if not override_differs(module):
-        return False
-    path = override_path(module)
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path.write_text(module.params["service_override"], encoding="utf-8")
-    path.chmod(0o644)
-    code, _, error = module.run_command(["systemctl", "daemon-reload"])
-    if code:
-        raise ProgramsError(f"systemctl daemon-reload failed with {code}: {error}")
-    return True
+def ensure_files(module: AnsibleModule, differing: Texts) -> None:
+    """Write these files; the drop-in holds from the next stop of the service on."""
+    for path, text in differing.items():
+        write(path, text)
+    if override_path(module) in differing:
+        code, _, error = module.run_command(["systemctl", "daemon-reload"])
+        if code:
+            raise ProgramsError(f"systemctl daemon-reload failed with {code}: {error}")
 
 
 def ensure_supervisord(module: AnsibleModule, supervisor: Supervisor) -> bool:
@@ -757,6 +648,7 @@ def main() -> None:
             "replace": {"type": "list", "elements": "str"},
             "socket": {"type": "path", "default": "/run/supervisor.sock"},
             "service": {"type": "str", "default": "supervisor"},
+            "files": {"type": "dict", "default": {}},
             "service_override": {"type": "str"},
         },
         supports_check_mode=True,
@@ -784,21 +676,26 @@ def main() -> None:
         present = ProgramFile("", {})
 
     target = wanted.put_back(held_back(wanted, present, only), present)
-    result: dict[str, Any] = {"programs": {}, "changed": not is_private(path, target.text)}
+    files = files_wanted(module)
+    found = {file: read(file) for file in files}
+    differing = {file: text for file, text in files.items() if found[file] != text}
+    changed = bool(differing) or not is_private(path, target.text)
+    result: dict[str, Any] = {"programs": {}, "changed": changed}
     if module._diff:
         salt = os.urandom(16)
-        result["diff"] = {
+        programs = {
             "before_header": str(path),
             "after_header": str(path),
             "before": describe(present.programs, salt),
             "after": describe(target.programs, salt),
         }
+        result["diff"] = [programs, *differences(found, files)]
     try:
         if module.check_mode:
-            result["changed"] |= override_differs(module)
             done = predict(wanted, present, supervisor, only)
         else:
-            result["changed"] |= ensure_override(module) | ensure_supervisord(module, supervisor)
+            ensure_files(module, differing)
+            result["changed"] |= ensure_supervisord(module, supervisor)
             done = converge(Host(path, supervisor, readiness, module.warn), wanted, present, only)
             result["programs"] = {
                 name: {"state": process.state, "pid": process.pid} for name, process in supervisor.processes().items()
