@@ -147,7 +147,7 @@ def changes(
     """
     names = {(instance["host"], instance["program"]): instance["id"] for instance in fleet["instances"]}
     told = [
-        {"what": what, "instance": names[host, program], "from": before, "to": "serving", "result": "ok"}
+        {"what": what, "instance": names.get((host, program), program), "from": before, "to": "serving", "result": "ok"}
         for host, result in sorted(programs.items())
         for what, before, done in (("add", None, "added"), ("start", "down", "started"))
         for program in result.get(done, ())
