@@ -56,7 +56,7 @@ def test_new_code_goes_card_by_card_under_full_load_and_back_again(
     with capsys.disabled():
         print(f"\nrollout of {len(done)} GPUs under full load, a model load of {load_seconds} s each: {elapsed} s,")
         print(f"{elapsed / needed:.2f} x the {needed:.1f} s of drains, stops, loads and smoke requests (aim: 1.2)")
-    assert elapsed < 2 * needed  # the figure is a benchmark's; twice as long is a fault
+    assert elapsed < 1.5 * needed  # the figure is a benchmark's; half as long again is a fault
 
     operator.play("rollback", rollout_batch="100%", version=old)
     assert set(page.column("version").values()) == {old}
