@@ -100,7 +100,8 @@ def test_neither_rendering_nor_running_programs_tells_a_secret(play, tmp_path, f
 
 def test_neither_keys_nor_their_hashes_are_told_where_they_are_brought(play, tmp_path, fleet):
     """The role's own tasks in check mode on this machine, where no gateway is."""
-    (tmp_path / "known.json").write_text(json.dumps({"fleet": fleet}))
+    found = {"certified": False, "has_vip": False}
+    (tmp_path / "known.json").write_text(json.dumps({"fleet": fleet, "__preflight_host": found}))
     (tmp_path / "systemctl").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "systemctl").chmod(0o755)
     playbook = tmp_path / "play.yml"
