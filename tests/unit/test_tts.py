@@ -1,6 +1,7 @@
 """The reference TTS service, without a server: what it accepts, what it says, what it refuses."""
 
 import asyncio
+import gc
 import io
 import json
 import struct
@@ -14,6 +15,7 @@ import pytest
 from tts_service.engines import UnknownVoice, load_engine
 from tts_service.engines.espeak import Espeak
 from tts_service.engines.simulated import Simulated
+from tts_service.ledger import Ledger
 from tts_service.service import create_app
 from tts_service.settings import DEFAULT_ROUTE, Settings
 from tts_service.wav import HEADER, UNKNOWN_LENGTH, wav_header
@@ -262,6 +264,33 @@ def test_a_simulated_card_fails_while_it_has_a_fault(monkeypatch, tmp_path):
         assert post(app, {"text": "hi"}).status_code == status
     (tmp_path / "1").unlink()
     assert post(app, {"text": "hi"}).status_code == 200
+
+
+def test_a_garbage_collection_amid_a_record_may_record_the_end_of_an_abandoned_inference(tmp_path, monkeypatch):
+    """So it is where a server cancels requests; without the guard that is, which lets them end."""
+    ledger = Ledger(str(tmp_path / "ledger"), "tts-gpu01-0")
+
+    def inference(request):
+        with ledger.inference(request):
+            yield
+
+    def abandon(inference):
+        next(inference)
+        cycle = [inference]
+        cycle.append(cycle)
+
+    def collect_and_dump(line, dumps=json.dumps):
+        gc.collect()
+        return dumps(line)
+
+    abandon(inference("abandoned"))
+    monkeypatch.setattr(json, "dumps", collect_and_dump)
+    thread = threading.Thread(target=next, args=[inference("next")], daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+    seen = {(line["event"], line["request"]) for line in read_ledger(tmp_path / "ledger")}
+    assert {("end", "abandoned"), ("start", "next")} <= seen
 
 
 def test_the_ledger_sees_every_inference(parrot, tmp_path):

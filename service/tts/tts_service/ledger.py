@@ -22,7 +22,8 @@ class Ledger:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if path else None
         self._instance = instance
         self._running = 0
-        self._lock = threading.Lock()
+        # A garbage collection amid a record may end an inference that was abandoned, and record that in the same thread.
+        self._lock = threading.RLock()
 
     @contextmanager
     def inference(self, request: str) -> Iterator[None]:
