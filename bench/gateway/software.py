@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from bench import PROJECT
@@ -17,6 +18,8 @@ PACKAGES = {
     "wrk": ("wrk", "libluajit-5.1-2"),
 }
 """By program the Debian package that brings it, and the libraries that a plain host lacks."""
+SERVED_BY = ("gunicorn", "uvloop")
+"""Python packages that the simulated GPUs are served by."""
 
 
 class Software:
@@ -40,8 +43,9 @@ class Software:
         return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries))}
 
     def versions(self) -> Mapping[str, str]:
-        """What each program says of its version."""
-        return {program: self._version(program) for program in PACKAGES}
+        """What each program says of its version, and those of what the simulated GPUs are served by."""
+        programs = {program: self._version(program) for program in PACKAGES}
+        return programs | {package: metadata.version(package) for package in SERVED_BY}
 
     def _find(self, program: str, folder: Path) -> str:
         if installed := shutil.which(program, path=environment()["PATH"]):

@@ -16,12 +16,12 @@ WHOLE = ["/sync", "/thread", "/coroutine", "/body"]
 STREAMED = ["/stream", "/astream"]
 
 
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
+@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+def kinds(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("kinds")
     ledger = folder / "ledger"
     environment = {"SLOT_GUARD_INSTANCE": "gpu-0", "SLOT_GUARD_VERSION": "v1", "WORK_LEDGER": str(ledger)}
-    with serving(folder, "kinds:layered", "--keep-alive", "75", **environment) as server:
+    with serving(folder, "kinds:layered", "--keep-alive", "75", "--asgi-loop", request.param, **environment) as server:
         server.ledger = ledger
         yield server
 
