@@ -22,7 +22,7 @@ class Ledger:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if path else None
         self._instance = instance
         self._running = 0
-        # A garbage collection amid a record may end an inference that was abandoned, and record that in the same thread.
+        # Amid a record a garbage collection may end an abandoned inference and record that too, in the same thread.
         self._lock = threading.RLock()
 
     @contextmanager
