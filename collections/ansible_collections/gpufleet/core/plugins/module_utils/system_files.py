@@ -45,16 +45,25 @@ def read(path: Path) -> str | None:
 
 
 def write(path: Path, text: str | None, mode: int = 0o644) -> None:
-    """Replace a file at once, readable by all unless ``mode`` says otherwise, or remove it where ``text`` is None."""
+    """Replace a file in one step, safe from power loss, or remove it where ``text`` is None.
+
+    :param mode: its permissions; by default all may read it.
+    """
     if text is None:
         path.unlink(missing_ok=True)
         return
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     descriptor, candidate = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        os.fchmod(file.fileno(), mode)
-    Path(candidate).replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(candidate).replace(path)
+    except BaseException:
+        Path(candidate).unlink()
+        raise
 
 
 def differences(found: Texts, wanted: Texts) -> list[dict[str, Any]]:

@@ -402,8 +402,9 @@ def be_present(module: AnsibleModule) -> dict[str, Any]:
     gateway, other = (container, native) if contained else (native, container)
     leaving = other if other.is_here else None
     differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
-    changed = bool(differing) or gateway.found_secrets != gateway.secrets or not gateway.serves(gateway.digest)
     before = served_digest(module.params["control_socket"])
+    serves = before == gateway.digest and gateway.is_set_up()
+    changed = bool(differing) or gateway.found_secrets != gateway.secrets or not serves
     result = {"digest": gateway.digest, "digest_before": before, "changed": changed, "diff": differing}
     try:
         if module.check_mode:

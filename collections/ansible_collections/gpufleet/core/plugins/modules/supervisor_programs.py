@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import stat
-import tempfile
 import time
 import xmlrpc.client
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -30,7 +29,13 @@ from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config im
     parse_programs,
 )
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_rpc import Process, ProgramsError, Supervisor
-from ansible_collections.gpufleet.core.plugins.module_utils.system_files import Texts, differences, read, write
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import (
+    SECRET_MODE,
+    Texts,
+    differences,
+    read,
+    write,
+)
 
 DOCUMENTATION = r"""
 module: supervisor_programs
@@ -233,17 +238,14 @@ class Host:
         :returns: what was done, and what there was to do.
         :raises ProgramsError: supervisord refuses the file, which is then the old one again, or a program does not end.
         """
-        before = self.path.read_text(encoding="utf-8") if self.path.exists() else None
+        before = read(self.path)
         make_log_directories(wanted)
         if not is_private(self.path, wanted.text):
-            write_private(self.path, wanted.text)
+            write(self.path, wanted.text, SECRET_MODE)
         try:
             found = self.supervisor.reread()
         except ProgramsError as error:
-            if before is None:
-                self.path.unlink()
-            else:
-                write_private(self.path, before)
+            write(self.path, before, SECRET_MODE)
             raise ProgramsError(f"{error}. {self.path} was left as it was; nothing was stopped.") from error
         changes = permitted(found, only)
         leaving = [*changes.changed, *changes.removed]
@@ -431,22 +433,8 @@ def is_down(process: Process) -> bool:
 
 
 def is_private(path: Path, text: str) -> bool:
-    """Tell whether :func:`write_private` would change nothing."""
-    return path.exists() and stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text(encoding="utf-8") == text
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file in one step, readable by its owner only: environments hold passwords."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
+    """Tell whether a file has this text and is readable by its owner only: environments hold passwords."""
+    return read(path) == text and stat.S_IMODE(path.stat().st_mode) == SECRET_MODE
 
 
 def refuse_missing(wanted: ProgramFile, changes: Changes) -> None:
@@ -668,9 +656,8 @@ def main() -> None:
         wanted = parse_programs(module.params["content"], prefix)
     except ValueError as error:
         module.fail_json(msg=f"content: {error}")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
-        present = parse_programs(text, prefix)
+        present = parse_programs(read(path) or "", prefix)
     except ValueError as error:
         module.warn(f"{path} was not readable as programs and is replaced: {error}")
         present = ProgramFile("", {})
