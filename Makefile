@@ -79,7 +79,7 @@ faults: envs ## One fault after the other on a fleet of its own under load, into
 	@python -m tests.fleet.faults
 
 .PHONY: faults-rivals
-faults-rivals: $(VENV) ## Those that rivals can have too, beside them on loopback, without Docker; 8 minutes
+faults-rivals: $(VENV) ## Those that rivals can have too, beside them on loopback, without Docker; 11 minutes
 	@python -m tests.fleet.faults rivals
 
 ##### Benchmarks
