@@ -20,7 +20,7 @@ from testbed.fleet import Description, describe
 
 from .ledger import Event, parse
 from .load import addresses_of_clients
-from .operations import Inventory, Operator
+from .operations import Inventory, Operator, wait_until
 
 DESCRIPTION = pytest.StashKey[Description]()
 
@@ -136,6 +136,25 @@ def client_addresses(fleet: dict[str, Any]) -> Iterator[list[str]]:
     """Twenty addresses of this machine from which the gateway sees as many clients."""
     with addresses_of_clients(fleet["gateways"][0]["address"]) as addresses:
         yield addresses
+
+
+@pytest.fixture
+def pids(fleet: dict[str, Any], on: Callable[[str], Host]) -> Callable[..., dict[str, str]]:
+    """`pids()` is the process id of every instance of the fleet that runs, and `pids("gpu01")` of one host's."""
+    instances = {(one["host"], one["program"]): one["id"] for one in fleet["instances"]}
+
+    def found(*names: str) -> dict[str, str]:
+        def lines() -> dict[tuple[str, str], str]:
+            chosen = names or fleet["hosts"]
+            listed = ((host, on(host).run("supervisorctl status").stdout.splitlines()) for host in chosen)
+            return {(host, line.split()[0]): line for host, found in listed for line in found}
+
+        # Supervisor names no pid while a program is STARTING.
+        wait_until(lambda: all("STARTING" not in line for line in lines().values()), 30, lines)
+        running = {key: line.partition("pid ")[2].partition(",")[0] for key, line in lines().items() if "pid" in line}
+        return {instances[key]: pid for key, pid in running.items()}
+
+    return found
 
 
 @pytest.fixture

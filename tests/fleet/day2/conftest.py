@@ -12,7 +12,7 @@ from testinfra.host import Host
 from ..background import Background
 from ..ledger import SMOKE, peaks, runs
 from ..load import SteadyLoad
-from ..operations import Page, wait_until
+from ..operations import Page
 
 
 class Watch(Background):
@@ -69,25 +69,6 @@ def full_load(
         reconciled(running)
         yield running
     assert running.answers and {answer.status for answer in running.answers} <= {200, 503}
-
-
-@pytest.fixture
-def pids(fleet: dict[str, Any], on: Callable[[str], Host]) -> Callable[..., dict[str, str]]:
-    """`pids()` is the process id of every instance of the fleet that runs, and `pids("gpu01")` of one host's."""
-    instances = {(one["host"], one["program"]): one["id"] for one in fleet["instances"]}
-
-    def found(*names: str) -> dict[str, str]:
-        def lines() -> dict[tuple[str, str], str]:
-            chosen = names or fleet["hosts"]
-            listed = ((host, on(host).run("supervisorctl status").stdout.splitlines()) for host in chosen)
-            return {(host, line.split()[0]): line for host, found in listed for line in found}
-
-        # Supervisor names no pid while a program is STARTING.
-        wait_until(lambda: all("STARTING" not in line for line in lines().values()), 30, lines)
-        running = {key: line.partition("pid ")[2].partition(",")[0] for key, line in lines().items() if "pid" in line}
-        return {instances[key]: pid for key, pid in running.items()}
-
-    return found
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from testbed.engine import Engine
 from ..conftest import has_vip
 from ..ledger import SMOKE, peaks, runs
 from ..load import SteadyLoad, post_at_once
-from ..operations import Operator, Page, wait_until
+from ..operations import Inventory, Operator, Page, wait_until
 
 FAILOVER_SECONDS = 3
 PATIENCE = 5  # of a client: longer than any request, waiting included
@@ -26,14 +26,11 @@ def pages(fleet: dict[str, Any]) -> dict[str, Page]:
 
 
 @pytest.fixture
-def drained(
-    operator: Operator, service: dict[str, Any], fleet: dict[str, Any], pages: dict[str, Page]
-) -> Iterator[dict[str, Any]]:
-    """An instance of the service that is drained meanwhile."""
-    instance: dict[str, Any] = next(one for one in fleet["instances"] if one["service"] == service["name"])
-    operator.play("drain", target=instance["id"])
-    yield instance
-    operator.play("undrain", target=instance["id"])
+def member(fleet: dict[str, Any], service: dict[str, Any], operator: Operator, pages: dict[str, Page]) -> Iterator[str]:
+    """An instance of the service; it serves again at the end."""
+    name: str = next(one["id"] for one in fleet["instances"] if one["service"] == service["name"])
+    yield name
+    operator.play("undrain", target=name)
     for page in pages.values():
         page.wait_for("ready", seconds=20)
 
@@ -50,7 +47,8 @@ def test_the_source_of_a_gateways_connections_stays_its_own(
 def test_the_other_gateway_serves_within_three_seconds_and_admits_nothing_more(
     fleet: dict[str, Any],
     service: dict[str, Any],
-    drained: dict[str, Any],
+    member: str,
+    operator: Operator,
     url: Callable[..., str],
     client_addresses: list[str],
     ledger: Callable[[], list[Any]],
@@ -62,7 +60,8 @@ def test_the_other_gateway_serves_within_three_seconds_and_admits_nothing_more(
 ) -> None:
     speak = url("audio-generate", service=service["name"])
     slots = {one["id"]: one["slots"] for one in fleet["instances"] if one["service"] == service["name"]}
-    del slots[drained["id"]]
+    del slots[member]
+    operator.play("drain", target=member)
     seats = sum(slots.values()) + len(slots) * service["queue"]
     with SteadyLoad(speak, client_addresses[:seats], {"text": "换"}, patience=PATIENCE) as load:
         time.sleep(3)
@@ -92,7 +91,7 @@ def test_the_other_gateway_serves_within_three_seconds_and_admits_nothing_more(
     assert peaks(ledger()) == slots
     engine.docker("start", container(active))
     wait_until(pages[active].answers, 60)
-    pages[active].wait_for("drained", drained["id"], seconds=20)
+    pages[active].wait_for("drained", member, seconds=20)
     pages[active].wait_for("ready", *slots, seconds=20)
     assert not has_vip(on(active), fleet)
 
@@ -110,16 +109,46 @@ def test_a_drain_is_raised_on_both_before_anybody_waits(
     url: Callable[..., str],
     client_addresses: list[str],
     active: str,
-    pages: dict[str, Page],
+    member: str,
 ) -> None:
     """Else the second one, which has the address now, would go on to fill every slot that gets free."""
     assert active != fleet["gateways"][0]["host"]
-    instance = next(one for one in fleet["instances"] if one["service"] == service["name"])
     with SteadyLoad(
         url("audio-generate", service=service["name"]), client_addresses, {"text": "换"}, patience=PATIENCE
     ):
         time.sleep(1)
-        operator.play("drain", target=instance["id"], drain_timeout=20)
-    operator.play("undrain", target=instance["id"])
-    for page in pages.values():
-        page.wait_for("ready", seconds=20)
+        operator.play("drain", target=member, drain_timeout=20)
+
+
+def test_a_gateway_leaves_and_comes_back(
+    operator: Operator,
+    inventory: Inventory,
+    fleet: dict[str, Any],
+    service: dict[str, Any],
+    url: Callable[..., str],
+    client_addresses: list[str],
+    pids: Callable[..., dict[str, str]],
+    active: str,
+    member: str,
+    on: Callable[[str], Host],
+    pages: dict[str, Page],
+) -> None:
+    """Neither replaces a program; what was drained meanwhile is so at the one that comes back."""
+    before = pids()
+    (other,) = set(pages) - {active}
+    with SteadyLoad(
+        url("audio-generate", service=service["name"]), client_addresses[:2], {"text": "换"}, patience=PATIENCE
+    ) as load:
+        operator.play("remove_host", target=active)
+        wait_until(lambda: has_vip(on(other), fleet), 10)
+        with inventory.edited("hosts.yml") as groups:
+            del groups["gateways"]["hosts"][active]
+        operator.play("site")
+        assert not pages[active].answers(seconds=1)
+        operator.play("drain", target=member)
+        inventory.restore()
+        operator.play("site")
+        pages[active].wait_for("drained", member, seconds=20)
+    assert pids() == before
+    assert {answer.status for answer in load.answers} <= {200, None}
+    assert operator.document("doctor")["faults"] == []
