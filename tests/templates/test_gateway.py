@@ -308,6 +308,8 @@ def test_headers_and_log_tell_the_true_client(gateway):
                 "X-Real-IP": "1.2.3.4",
                 "X-Gpufleet-Instance": "x",
                 "X-Request-ID": "x",
+                "X-Forwarded-Ssl": "on",
+                "X-Forwarded-Protocol": "ssl",
             }
             answer = await cluster.post(client="127.0.0.77", headers=forged)
             (gpu,) = [gpu for gpu in cluster.gpus.values() if gpu.started]
@@ -316,6 +318,9 @@ def test_headers_and_log_tell_the_true_client(gateway):
             assert gpu.headers["x-gpufleet-instance"] == instance
             assert gpu.headers["x-request-id"] == answer.headers["x-request-id"] != "x"
             assert gpu.headers["connection"] == "close"
+            assert gpu.headers["x-forwarded-proto"] == "http"
+            assert not {"x-forwarded-ssl", "x-forwarded-protocol"} & gpu.headers.keys()
+            assert gpu.headers["host"] == answer.request.url.netloc.decode()
             (line,) = await gateway.logged()
             for part in (
                 "127.0.0.77 - -",

@@ -56,13 +56,14 @@ def test_a_scanner_finds_nothing(tmp_path, options, route):
 
 def test_the_scanner_finds_what_is_wrong(tmp_path):
     text = rendered("every option")
-    assert "host_spoofing" in findings(text.replace("Host $host;", "Host $http_host;"), tmp_path)
+    assert "host_spoofing" in findings(text.replace("Host $host$asked_port;", "Host $http_host;"), tmp_path)
     assert "weak_ssl_tls" in findings(text.replace("TLSv1.2 TLSv1.3", "TLSv1 TLSv1.2"), tmp_path)
 
 
 async def ask_as(cluster, *forwarded, client="127.0.0.10"):
-    """Ask three times at once under other names; return how many are served."""
+    """Ask three times at once under other names, by TLS as it says; return how many are served."""
     headers = [*[("X-Forwarded-For", value) for value in forwarded], ("X-Real-IP", "9.9.9.9")]
+    headers.append(("X-Forwarded-Proto", "https"))
     answers = await asyncio.gather(*(cluster.post(client=client, headers=headers) for _ in range(3)))
     return statuses(answers)[200]
 
@@ -85,6 +86,7 @@ def test_a_client_cannot_pose_as_others_to_get_more_than_its_limit(gateway, trus
                 assert await ask_as(cluster, *forwarded) == 1
                 (gpu,) = [gpu for gpu in cluster.gpus.values() if gpu.started]
                 assert gpu.headers["x-real-ip"] == gpu.headers["x-forwarded-for"] == "127.0.0.10"
+                assert gpu.headers["x-forwarded-proto"] == "http"
                 gpu.started = 0
             bursts = [ask_as(cluster, f"8.8.8.{number}") for number in range(4)]
             assert sum(await asyncio.gather(*bursts)) == 1, "one client, whatever it calls itself"
@@ -114,6 +116,7 @@ def test_behind_a_trusted_proxy_the_client_is_the_last_address_that_no_proxy_has
             assert await ask_as(cluster, *forwarded, client="127.0.0.99") == 1
             (gpu,) = [gpu for gpu in cluster.gpus.values() if gpu.started]
             assert gpu.headers["x-real-ip"] == gpu.headers["x-forwarded-for"] == true
+            assert gpu.headers["x-forwarded-proto"] == ("http" if true == "127.0.0.99" else "https")
             others = [ask_as(cluster, f"8.8.8.8, 1.1.1.{number}", client="127.0.0.99") for number in range(2, 5)]
             assert await asyncio.gather(*others) == [1, 1, 1], "each behind the proxy has its own limit"
 

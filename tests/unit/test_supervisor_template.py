@@ -90,6 +90,7 @@ def test_one_program_per_instance_of_this_host_on_explicit_releases(programs: Ca
         settings = gunicorn_settings(program)
         assert settings.bind == [f"0.0.0.0:{12321 + index}"]
         assert (settings.worker_class, settings.workers, settings.args) == ("asgi", 1, ["slot_guard.asgi:app"])
+        assert settings.forwarded_allow_ips == "*"
         assert program.directory == "/opt/gpufleet/tts/releases/f00d"
         assert program.environment == {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -198,7 +199,9 @@ def test_without_a_firewall_gateways_and_the_roll_out_itself_may_ask_the_guard(
     options = {"gpu_workers_bind_address": address, "gpu_workers_firewall": False}
     (program,) = programs(fleet({"gpu_count": 1}, gateways), **options).values()
     assert program.environment["SLOT_GUARD_ADMIN_FROM"] == admitted
-    assert gunicorn_settings(program).bind == [f"{address}:12321"]
+    settings = gunicorn_settings(program)
+    assert settings.bind == [f"{address}:12321"]
+    assert admitted.startswith(f"{settings.forwarded_allow_ips},")
 
 
 def test_a_gateway_more_restarts_no_program_behind_a_firewall(programs: Callable[..., dict[str, Any]]) -> None:

@@ -49,6 +49,8 @@ def test_a_certificate_and_keys_come_change_under_load_and_go(
     assert httpx.get(secure, verify=trusted, trust_env=False).status_code == 401
     assert statuses(plain, 1) == {308: 1}
     assert statuses(secure, 1) == {401: 1}
+    redirect = httpx.post(f"{secure}/", headers={"X-API-Key": old}, verify=trusted, trust_env=False)
+    assert redirect.headers["location"] == secure
     # One holder at many addresses is one client.
     assert statuses(secure, IN_FLIGHT + 3, old) == {200: IN_FLIGHT, 503: 3}
 

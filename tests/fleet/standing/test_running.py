@@ -86,6 +86,12 @@ def test_every_service_speaks(fleet: dict[str, Any], url: Callable[..., str]) ->
         assert seconds_of_speech(speak(url("", service=service), "你好,世界")) > 0.5
 
 
+def test_a_redirect_of_a_service_leads_back_to_the_gateway(url: Callable[..., str]) -> None:
+    asked = url("audio-generate")
+    answer = httpx.post(f"{asked}/", json={"text": "转"}, trust_env=False)
+    assert (answer.status_code, answer.headers["location"]) == (307, asked)
+
+
 def test_a_request_runs_once_on_one_card(
     fleet: dict[str, Any], url: Callable[..., str], client_addresses: list[str], ledger: Callable[[], list[Any]]
 ) -> None:
