@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gateway.clients import BEHAVIOURS, REFUSALS, Crowd, Probe, as_told
+from bench.gateway import ideal
+from bench.gateway.clients import BEHAVIOURS, REFUSALS, Answer, Crowd, Probe, as_told
 from bench.gateway.contenders import CONTENDERS, GPUFLEET, Gateway, free_port
 from bench.gateway.fleet import ROUTE, Templates, fleet
 from bench.gateway.gpus import Gpus
 from bench.gateway.software import Software
 from bench.machine import cpu_seconds, memory_mib
-from bench.stats import busy_seconds, jain, most_running, percentile
+from bench.stats import Event, busy_seconds, jain, most_running, percentile
 
 INSTANCES = 6
 WORK = (0.4, 0.6)
 """Seconds that an inference takes in the scenarios of load: scaled down, so that slots change hands often."""
+TOLD = Answer(503, 0, 0, retry_after=1)
+"""A refusal that takes no time, with the Retry-After that gpufleet gives."""
 OVERLOAD = 1.5
 """Users that come, as a share of those that can be served."""
 
@@ -200,30 +203,46 @@ def _refusals(arena: Arena, end: float) -> dict[str, list[float]]:
 
 def overload(arena: Arena, extent: Extent) -> Figures:
     """More users than can be served, who come at random: how much of the slots is used, and what refusals take."""
+    slots = arena.bare.slots
+    rate = OVERLOAD * slots / (sum(WORK) / 2)
+    users = round(rate * (extent.ramp_seconds + extent.overload_seconds))
+
+    def come(number: int) -> tuple[list[float], list[float]]:
+        rng = random.Random(number)
+        return [rng.expovariate(rate) for _ in range(users)], [rng.uniform(*WORK) for _ in range(users)]
+
+    def slot_use(events: list[Event], first: float, gaps: list[float]) -> float:
+        begin, end = first + extent.ramp_seconds, first + sum(gaps)
+        return busy_seconds(events, begin, end) / (slots * (end - begin))
+
     figures: Figures = {}
     for behaviour, pause in BEHAVIOURS.items():
         figures[behaviour] = _figures()
         for number, gateway in arena.turns(extent.rounds):
-            rng = random.Random(number)
-            gpus = arena.gpus(gateway)
-            rate = OVERLOAD * gpus.slots / (sum(WORK) / 2)
-            users = round(rate * (extent.ramp_seconds + extent.overload_seconds))
-            gaps = [rng.expovariate(rate) for _ in range(users)]
-            crowd, mark = Crowd(gateway.port, pause), gpus.mark()
-            begin = time.monotonic() + extent.ramp_seconds
-            asyncio.run(crowd.arrive(gaps, [rng.uniform(*WORK) for _ in gaps], close=True))
-            end = begin - extent.ramp_seconds + sum(gaps)
+            gaps, work = come(number)
+            gpus, crowd = arena.gpus(gateway), Crowd(gateway.port, pause)
+            mark, first = gpus.mark(), time.monotonic()
+            asyncio.run(crowd.arrive(gaps, work, close=True))
             events = gpus.events(mark)
             refused = [answer.seconds for answer in crowd.answers if answer.status in REFUSALS]
             _note(
                 figures[behaviour],
                 gateway.contender.name,
-                slot_use=busy_seconds(events, begin, end) / (gpus.slots * (end - begin)),
+                slot_use=slot_use(events, first, gaps),
                 most_running=most_running(events),
                 refusal_p50=percentile(refused, 50),
                 refusal_p99=percentile(refused, 99),
                 refused_per_served=len(refused) / sum(answer.status == 200 for answer in crowd.answers),
                 broken=sum(answer.status not in (200, *REFUSALS) for answer in crowd.answers),
+            )
+        for number in range(extent.rounds):
+            gaps, work = come(number)
+            course = ideal.overload(gaps, work, pause(TOLD), Crowd.patience, slots)
+            _note(
+                figures[behaviour],
+                ideal.IDEAL,
+                slot_use=slot_use(course.events, 0, gaps),
+                refused_per_served=course.refused / course.served,
             )
     return figures
 

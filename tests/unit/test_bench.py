@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from bench.gateway import ideal
 from bench.gateway.clients import Answer, Crowd, Probe, as_told, naive
 from bench.gateway.contenders import CONTENDERS, GPUFLEET
 from bench.gateway.report import document, goals
@@ -50,6 +51,19 @@ def test_busy_seconds_are_the_area_under_what_runs() -> None:
     assert (most_running(events), most_running([])) == (2, 0)
 
 
+def test_the_ideal_gateway_serves_whoever_finds_a_slot_and_no_one_else() -> None:
+    # The first is served from 1 to 3; the second, refused at 2 and 2.5, is served at 3; the third, refused at 2.25,
+    # 2.75 and 3.25, has lost patience by 3.75; the last one finds the slot free.
+    course = ideal.overload([1, 1, 0.25, 3.75], [2, 1, 9, 1], pause=0.5, patience=1.25, slots=1)
+    assert [(event.time, event.running) for event in course.events] == [(1, 1), (3, 0), (3, 1), (4, 0), (6, 1), (7, 0)]
+    assert (course.served, course.refused) == (3, 5)
+
+
+def test_the_ideal_gateway_lets_nobody_come_again_after_the_last_one() -> None:
+    course = ideal.overload([1, 1, 0], [2, 1, 1], pause=1, patience=9, slots=1)
+    assert (course.served, course.refused) == (1, 2)
+
+
 def test_what_wrk_says_is_read() -> None:
     said = "  6 threads and 10 connections\n  1000 requests in 2.00s, 1MB read\n{}Requests/sec:    499.50\n"
     assert read_wrk(said.format("")) == (1000, 499.5, 0)
@@ -81,10 +95,11 @@ def results(**changes: float) -> dict[str, dict[str, dict[str, list[float]]]]:
         name: {**direct, "whole_p50": [p50]} for name, p50 in ((KEPT, 0.00102), (NEW, 0.00109), (GUARDED, 0.00121))
     }
     figures = {contender.name: rivals for contender in CONTENDERS} | {GPUFLEET.name: ours}
+    loaded = {**figures, ideal.IDEAL: {"slot_use": [0.99]}}
     same = dict.fromkeys(("refusal", "burst"), figures)
     return {
         "latency": {"direct": direct, **parts, **figures},
-        "overload": {"as told": figures, "naive": figures},
+        "overload": {"as told": loaded, "naive": loaded},
         **same,
     }
 
@@ -94,6 +109,10 @@ def results(**changes: float) -> dict[str, dict[str, dict[str, list[float]]]]:
     [
         ({}, []),
         ({"slot_use": 0.9799}, ["98 % or more", "no rival has more, beyond noise"] * 2),
+        (
+            {"slot_use": 0.97},
+            ["98 % or more", "no rival has more, beyond noise", "of what there is without a queue"] * 2,
+        ),
         ({"most_running": 3}, ["never more than 2"]),
         ({"refusal_p99": 0.0051}, ["refusal p99"]),
         ({"whole_p50": 0.00127}, ["1.3 times"]),
