@@ -210,9 +210,9 @@ class Gateway(Commands, ABC):
     def stop(self) -> None:
         """Have it stopped, after a reboot too."""
 
-    def serves(self, digest: str) -> bool:
-        """Tell whether nginx serves the configuration of this digest and will do so after a reboot."""
-        return self.is_set_up() and served_digest(self.module.params["control_socket"]) == digest
+    def served(self) -> str | None:
+        """Return the digest of what nginx serves now."""
+        return served_digest(self.module.params["control_socket"])
 
     def validate(self) -> None:
         """Let nginx judge the wanted configuration while the old one stays in its place."""
@@ -248,7 +248,7 @@ class Gateway(Commands, ABC):
         write(self.configuration, text)
         self.load()
         deadline = time.monotonic() + self.module.params["timeout"]
-        while not self.serves(digest):
+        while self.served() != digest or not self.is_set_up():
             if time.monotonic() > deadline:
                 log = self.module.run_command(["tail", "-n", "20", self.error_log])[1]
                 raise Refused(f"nginx did not take the new configuration over. The end of its error log:\n{log}")
@@ -402,7 +402,7 @@ def be_present(module: AnsibleModule) -> dict[str, Any]:
     gateway, other = (container, native) if contained else (native, container)
     leaving = other if other.is_here else None
     differing = [difference for one in (gateway, leaving) if one for difference in differences(one.found, one.wanted)]
-    before = served_digest(module.params["control_socket"])
+    before = gateway.served()
     serves = before == gateway.digest and gateway.is_set_up()
     changed = bool(differing) or gateway.found_secrets != gateway.secrets or not serves
     result = {"digest": gateway.digest, "digest_before": before, "changed": changed, "diff": differing}
