@@ -229,6 +229,30 @@ def test_a_prepared_release_waits_beside_the_current_one(host):
     assert (result["current"], result["previous"]) == ("b", "a")
 
 
+def test_going_back_goes_on_backward(host):
+    for one in "abc":
+        host.deploy(one)
+    for current, previous in (("b", "a"), ("a", None)):
+        result = host.deploy(current, bring=False, record=False, keep=9)
+        assert (result["current"], result["previous"], result["pruned"]) == (current, previous, [])
+    assert host.deploy("b", bring=False, record=False)["previous"] == "a"
+    # What was left for another one, and what served last, is nearer than what was gone back from.
+    assert host.deploy("d")["previous"] == "b"
+    assert (host.root / ".served").read_text().split() == ["d", "b", "c", "a"]
+
+
+def test_what_no_program_ever_ran_has_not_served(host, tmp_path):
+    programs = tmp_path / "gpufleet.conf"
+    options = {"in_use": (str(programs),)}
+    host.deploy("a", **options)
+    programs.write_text(f"directory={host.root}/a")
+    host.deploy("b", **options)  # and put back at its first card
+    result = host.deploy("c", **options)
+    assert (result["previous"], result["pruned"]) == ("a", ["b"])
+    programs.write_text("")  # as where all programs were taken off the host
+    assert host.deploy("d", **options)["previous"] == "c"
+
+
 def test_the_newest_that_served_are_kept(host):
     pruned = {one: host.deploy(one, keep=3)["pruned"] for one in "abcde"}
     assert pruned == {"a": [], "b": [], "c": [], "d": ["a"], "e": ["b"]}
@@ -285,7 +309,7 @@ def test_a_release_that_a_file_names_is_not_removed(host, tmp_path):
     in_use = (str(programs / "gpufleet*.conf"), str(tmp_path / "nothing*"))
     for one in ("a", "a1", "b", "b.2", "c", "d"):
         host.deploy(one, keep=2, in_use=in_use)
-    assert Store(str(host.root), str(host.link)).ids() == ["a1", "b.2", "c", "d"]
+    assert Store(str(host.root), str(host.link)).ids() == ["a1", "b.2", "d"]
 
 
 def test_concurrent_deployments_wait_for_each_other(host):

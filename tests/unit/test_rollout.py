@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from base64 import b64encode
@@ -16,6 +17,7 @@ from ansible_collections.gpufleet.core.plugins.filter.rollout import (
     changes,
     outcomes,
     programs_on_release,
+    release_before,
     removable,
     target,
 )
@@ -180,6 +182,39 @@ def test_going_back_changes_release_and_version_of_that_service_alone() -> None:
     back = programs_on_release(text, "/opt/gpufleet/a/releases", "old")
     expected = section("a-0", "a", "old").replace("x old", "x new").replace("A='old'", "A='new'")
     assert back == "# head\n" + expected + section("a-1", "a", "old") + section("b-0", "b", "new")
+
+
+def recorded(*served: str) -> dict[str, Any]:
+    return {"content": base64.b64encode("".join(f"{one}\n" for one in served).encode()).decode()}
+
+
+def points_at(release: str) -> dict[str, Any]:
+    return {"stat": {"exists": True, "lnk_target": f"/opt/gpufleet/tts/releases/{release}"}}
+
+
+@pytest.mark.parametrize(
+    ("now", "before"),
+    [
+        (("c", "c"), "a"),  # the second host was left out when b was rolled out
+        (("b", "a"), "0"),  # gone back once already
+        (("a", "a"), "0"),
+        (("new", "new"), "c"),  # a link that no record knows is newer than all
+    ],
+)
+def test_going_back_is_to_what_served_on_all_hosts(now: tuple[str, str], before: str) -> None:
+    records = {"gpu01": recorded("c", "b", "a", "0"), "gpu02": recorded("c", "a", "0")}
+    assert release_before(records, map(points_at, now), "tts") == before
+
+
+def test_there_is_no_going_back_to_what_some_host_never_had() -> None:
+    records = {"gpu01": recorded("b", "a"), "gpu02": recorded("b"), "gpu03": {"failed": True}}
+    told = (
+        "gpu01 has a from before b; gpu02 has none from before b; gpu03 has none from before the first. "
+        "Name one that is on all of them with -e version=…"
+    )
+    with pytest.raises(AnsibleFilterError) as refusal:
+        release_before(records, [points_at("b"), points_at("b"), {"stat": {"exists": False}}], "tts")
+    assert told in str(refusal.value)
 
 
 def page(instances: list[dict[str, Any]], status: str = "healthy") -> dict[str, Any]:

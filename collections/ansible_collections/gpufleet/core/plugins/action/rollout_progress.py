@@ -36,10 +36,9 @@ def report(done: Sequence[Entry], total: int, elapsed: float, recent: int | None
         summary += f", about {elapsed / len(done) * (total - len(done)):.0f} s to go"
     failed = sum(entry["result"] != "ok" for entry in done)
     if failed:
-        summary += (
-            f"; {failed} FAILED, the rest was left as it was. "
-            "Correct the cause and run site.yml again, or go back with playbooks/rollback.yml"
-        )
+        summary += f"; {failed} FAILED, the rest was left as it was. Correct the cause and run the playbook again"
+        if any(entry["from"] != entry["to"] for entry in done):
+            summary += ", or go back with playbooks/rollback.yml"
     return [*rows, summary]
 
 

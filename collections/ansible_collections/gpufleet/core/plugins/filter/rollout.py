@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -158,6 +160,31 @@ def changes(
     return told
 
 
+def release_before(records: Mapping[str, Entry], links: Iterable[Entry], service: str) -> str:
+    """Return the newest release that came into service on all hosts before the one that each of them has now.
+
+    Going back moves a host's link and leaves its record as it is: who goes back again gets one that is older still.
+
+    :param records: by host the result of a slurp of its record, which may have failed for want of one.
+    :param links: for each of these hosts the result of a stat of its link to the release that it has now.
+    :raises AnsibleFilterError: they have none in common.
+    """
+    older: dict[str, list[str]] = {}
+    told = []
+    for (host, record), link in zip(records.items(), links):
+        served = base64.b64decode(record.get("content", "")).decode().split()
+        current = PurePath(link.get("stat", {}).get("lnk_target", "")).name
+        older[host] = served[served.index(current) + 1 :] if current in served else served
+        told.append(f"{host} has {', '.join(older[host]) or 'none'} from before {current or 'the first'}")
+    shared = set.intersection(*map(set, older.values()))
+    if not shared:
+        raise AnsibleFilterError(
+            f"There is no release of {service} to go back to on all its hosts: {'; '.join(told)}. "
+            "Name one that is on all of them with -e version=…, or leave a host out with --limit."
+        )
+    return next(one for one in next(iter(older.values())) if one in shared)
+
+
 def programs_on_release(text: str, releases: str, version: str) -> str:
     """Return a file of programs in which those that run from a release below ``releases`` run from ``version``."""
     programs = parse_programs(text, "gpufleet-")
@@ -182,6 +209,7 @@ class FilterModule:
             "fleet_target": target,
             "fleet_removable": removable,
             "programs_on_release": programs_on_release,
+            "release_before": release_before,
             "rollout_batches": batches,
             "rollout_outcomes": outcomes,
         }

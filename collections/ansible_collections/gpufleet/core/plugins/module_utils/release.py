@@ -1,7 +1,8 @@
 """Releases of one thing on a host: folders side by side, and a link that says which one serves.
 
-Layout below ``root``: one folder per release, ``.served`` (ids that served, newest first), ``.tmp`` while something is
-unpacked or removed. Standard library only, Python 3.9 or newer.
+Layout below ``root``: one folder per release, ``.served`` (ids in the order in which they came into service, the newest
+first; going back does not change it), ``.tmp`` while something is unpacked or removed. Standard library only,
+Python 3.9 or newer.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Wanted(NamedTuple):
     """archive on the host; None when it was not brought (yet)"""
     sha256: str | None = None
     activate: bool = True
+    record: bool = True
+    """it comes into service as the newest; False: it is one that is gone back to"""
     keep: int = 3
     full: bool = False
     """hash every file instead of looking at size and time"""
@@ -56,7 +59,7 @@ class Plan(NamedTuple):
     switches: bool
     current: str | None
     served: list[str]
-    """ids that serve or served, newest first"""
+    """ids that serve or served, as ``.served`` has them"""
     pruned: list[str]
 
     @property
@@ -92,13 +95,20 @@ class Store:
         return target.name if target.parent == self.root else None
 
     def served(self) -> list[str]:
-        """Ids on the disk that serve or served, newest first. The link outranks the record: it is what counts."""
+        """Ids on the disk that serve or served, newest first; one that the link alone knows is the newest."""
         record = self.root / ".served"
         recorded = record.read_text().split() if record.exists() else []
         current = self.current()
         on_disk = set(self.ids())
-        order = [current, *(one for one in recorded if one != current)] if current else recorded
-        return [one for one in order if one in on_disk]
+        return [one for one in ([current] if current and current not in recorded else []) + recorded if one in on_disk]
+
+    def has_served(self, release_id: str, in_use: tuple[str, ...]) -> bool:
+        """Whether a release that the link points at came into service, so far as the files that name releases tell.
+
+        Where they name others alone, its first program has failed and was put back.
+        """
+        named = self._named_in(in_use)
+        return not named or release_id in named
 
     def drift(self, release_id: str, full: bool) -> dict[str, str] | None:
         """How a release differs from its manifest (see archive.compare); None when it is not here at all."""
@@ -119,7 +129,7 @@ class Store:
 
     def expendable(self, served: list[str], wanted: Wanted) -> list[str]:
         """Releases that may go: older than the keep newest, not wanted, in no process and named by no file."""
-        kept = {wanted.id, *served[: max(wanted.keep, 2)]}
+        kept = {wanted.id, wanted.id if wanted.activate else self.current(), *served[: max(wanted.keep, 2)]}
         old = [one for one in self.ids() if one not in kept]
         if not old:
             return []
@@ -189,13 +199,13 @@ class Store:
         else:
             fresh.rename(release)
 
-    def activate(self, served: list[str], scratch: Path) -> None:
-        """Point the link at the first of served, atomically, and record the order."""
+    def activate(self, release_id: str, served: list[str], scratch: Path) -> None:
+        """Point the link at a release, atomically, and record the order."""
         record = scratch / "served"
         record.write_text("".join(f"{one}\n" for one in served))
         self.link.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.link.with_name(f".{self.link.name}.{os.getpid()}")
-        unfinished.symlink_to(self.root / served[0])
+        unfinished.symlink_to(self.root / release_id)
         try:
             unfinished.replace(self.link)
         finally:
@@ -227,7 +237,7 @@ def deploy(store: Store, wanted: Wanted, check: bool) -> dict[str, Any]:
         "id": wanted.id,
         "path": str(store.root / wanted.id),
         "current": plan.current,
-        "previous": next((one for one in plan.served if one != plan.current), None),
+        "previous": _next_older(plan.served, plan.current),
         "pruned": plan.pruned,
         "drift": _shown(plan.drift or {}),
         "changed": plan.changes,
@@ -244,8 +254,10 @@ def _plan(store: Store, wanted: Wanted) -> Plan:
     before = store.current()
     served = store.served()
     switches = wanted.activate and before != wanted.id
-    if switches:
-        served = [wanted.id, *(one for one in served if one != wanted.id)]
+    if switches and wanted.record:
+        last = [before] if before and store.has_served(before, wanted.in_use) else []
+        others = [*last, *(one for one in served if one != before)]
+        served = [wanted.id, *(one for one in others if one != wanted.id)]
     drift = store.drift(wanted.id, wanted.full)
     return Plan(
         drift=drift,
@@ -257,12 +269,18 @@ def _plan(store: Store, wanted: Wanted) -> Plan:
     )
 
 
+def _next_older(served: list[str], current: str | None) -> str | None:
+    """The release that came into service before the current one."""
+    older = served[served.index(current) + 1 :] if current in served else []
+    return older[0] if older else None
+
+
 def _apply(store: Store, wanted: Wanted, plan: Plan, scratch: Path) -> None:
     if plan.drift is None or plan.drift:
         store.install(wanted, scratch)
     if plan.switches:
         try:
-            store.activate(plan.served, scratch)
+            store.activate(wanted.id, plan.served, scratch)
         except OSError as error:
             if plan.drift is None and store.current() != wanted.id:
                 store.remove(wanted.id, scratch)

@@ -45,6 +45,10 @@ options:
     description: Whether the link is pointed at the release; C(false) only prepares it.
     type: bool
     default: true
+  record:
+    description: Whether it comes into service as the newest; C(false) for one that is gone back to.
+    type: bool
+    default: true
   keep:
     description: How many releases that served stay on the host. The current and the previous one always stay.
     type: int
@@ -90,13 +94,14 @@ EXAMPLES = r"""
     id: 81c0ffee42aa
     root: /opt/conda/releases/tts
     link: /opt/conda/envs/tts
+    record: false
 """
 
 RETURN = r"""
 id: {description: Id of the release., type: str, returned: success}
 path: {description: Folder of the release., type: str, returned: success}
 current: {description: Id that the link points at after the run., type: str, returned: success}
-previous: {description: Id of the release to roll back to, which served before., type: str, returned: success}
+previous: {description: Id of the release that came into service before that., type: str, returned: success}
 pruned: {description: Ids removed from the host., type: list, elements: str, returned: success}
 drift: {description: "Files missing, added or edited, as C(path: how).", type: list, elements: str, returned: success}
 """
@@ -111,6 +116,7 @@ def main() -> None:
             "link": {"type": "path", "required": True},
             "archive": {"type": "path"},
             "activate": {"type": "bool", "default": True},
+            "record": {"type": "bool", "default": True},
             "keep": {"type": "int", "default": 3},
             "verify": {"type": "str", "choices": ["quick", "full"], "default": "quick"},
             "in_use": {"type": "list", "elements": "str", "default": []},
@@ -126,6 +132,7 @@ def main() -> None:
         archive=Path(params["archive"]) if params["archive"] else None,
         sha256=params["sha256"],
         activate=params["activate"],
+        record=params["record"],
         keep=params["keep"],
         full=params["verify"] == "full",
         in_use=tuple(params["in_use"]),
