@@ -60,8 +60,9 @@ def fleet(gateways=(GATEWAY, GATEWAY6), gpu_count=1, monitoring=()):
     return derived
 
 
-def rendered(template, given):
-    return render("gpu_workers", template, given, inventory_hostname="gpu01", **role_variables("gpu_workers"))
+def rendered(template, given, **found):
+    variables = {**role_variables("gpu_workers"), "__preflight_host": found}
+    return render("gpu_workers", template, given, inventory_hostname="gpu01", **variables)
 
 
 class Host:
@@ -119,6 +120,16 @@ def test_only_gateways_and_the_host_itself_reach_the_instances(host):
         )
         own = [("127.0.0.1", "127.0.0.1", INSTANCE), (HOST, HOST, INSTANCE), ("::1", "::1", INSTANCE)]
         assert network.connect(network.host, *own) == ["connected"] * 3
+
+
+def test_a_program_that_is_to_leave_is_guarded_until_it_has_left(host):
+    network = host.network
+    with network.listening(INSTANCE, OTHER):
+        host.apply(rendered("firewall.nft.j2", fleet(), program_ports=[INSTANCE, OTHER]))
+        attempts = [(source, HOST, port) for source in (GATEWAY, STRANGER) for port in (INSTANCE, OTHER)]
+        assert network.connect(network.outside, *attempts) == ["connected"] * 2 + ["ConnectionRefusedError"] * 2
+        host.apply(rendered("firewall.nft.j2", fleet(), program_ports=[INSTANCE]))
+        assert network.connect(network.outside, (STRANGER, HOST, OTHER)) == ["connected"], "it is not ours any more"
 
 
 def test_metrics_are_told_to_monitoring_hosts_alone_who_reach_no_instance(host):

@@ -299,3 +299,10 @@ def test_what_was_left_on_a_host_is_told(
         traces[name].touch()
     result = run(capsys)
     assert [name for name in traces if result[name]] == found
+
+
+def test_the_ports_of_the_programs_that_the_host_has_now():
+    command = "command = gunicorn --bind 0.0.0.0:12321 a:a\n"
+    text = f"[program:gpufleet-a-0]\n{command}[program:gpufleet-b-0]\ncommand = sleep 9\n"
+    assert host_check.program_ports(text) == [12321]
+    assert host_check.program_ports("") == host_check.program_ports("[program:theirs]\n" + command) == []

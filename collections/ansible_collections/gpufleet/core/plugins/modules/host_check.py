@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import parse_programs
+from ansible_collections.gpufleet.core.plugins.module_utils.system_files import read
 
 DOCUMENTATION = r"""
 module: host_check
@@ -83,6 +85,11 @@ vip_interface:
   description: The network interface that O(vip_beside) is on, or O(vip_interface); empty without O(vip_beside).
   returned: success
   type: str
+program_ports:
+  description: TCP ports of the programs that the role gpu_workers gave the host in its last run.
+  returned: success
+  type: list
+  elements: int
 monitored:
   description: Whether the role monitoring had the host tell its metrics.
   returned: success
@@ -110,6 +117,7 @@ FIRST_PERSON = 1000
 GATEWAY_CONFIGURATIONS = (Path("/etc/nginx/nginx.conf"), Path("/etc/gpufleet-gateway/nginx.conf"))
 #: Who may hold a port of our own gateway: nginx itself, or what leads into its container.
 GATEWAY_PROCESSES = ("nginx ", "docker-proxy ")
+PROGRAMS = Path("/etc/supervisor/conf.d/gpufleet.conf")
 #: What shows that a host has been told to do something, which it may have to be told to leave.
 TRACES = {
     "monitored": Path("/etc/systemd/system/prometheus-node-exporter.service.d/gpufleet.conf"),
@@ -334,6 +342,14 @@ def vip_interface(module: AnsibleModule) -> tuple[str, list[str]]:
     return interface_for(listing, beside, module.params["vip_interface"])
 
 
+def program_ports(text: str) -> list[int]:
+    """Return the ports of the programs of a file; none where it is no such file: the role gpu_workers replaces it."""
+    with contextlib.suppress(ValueError):
+        ports = (program.port for program in parse_programs(text, "gpufleet-").programs.values())
+        return [port for port in ports if port is not None]
+    return []
+
+
 def is_our_gateway() -> bool:
     """Tell whether nginx has a configuration of ours, in a container or not."""
     return any("gpufleet" in path.read_text(errors="replace") for path in GATEWAY_CONFIGURATIONS if path.exists())
@@ -398,7 +414,8 @@ def main() -> None:
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
     found = {name: path.exists() for name, path in TRACES.items()}
-    module.exit_json(changed=False, vip_interface=interface, **found)
+    ports = program_ports(read(PROGRAMS) or "")
+    module.exit_json(changed=False, vip_interface=interface, program_ports=ports, **found)
 
 
 if __name__ == "__main__":
