@@ -23,7 +23,7 @@ TWO_CARDS = (
     "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bbbb)\n"
     "  MIG 1g.5gb     Device  0: (UUID: MIG-cccc)\n"
 )
-INSTANCE = {"id": "tts-gpu01-0", "service": "tts", "port": 12321, "device": "0"}
+INSTANCE = {"program": "gpufleet-tts-0", "id": "tts-gpu01-0", "service": "tts", "port": 12321, "device": "0"}
 OUR_UID = 998
 OURS = Listener(OUR_UID, ("gunicorn (7)",))
 
@@ -301,8 +301,17 @@ def test_what_was_left_on_a_host_is_told(
     assert [name for name in traces if result[name]] == found
 
 
-def test_the_ports_of_the_programs_that_the_host_has_now():
+def test_the_ports_of_the_programs_that_the_host_has_now() -> None:
     command = "command = gunicorn --bind 0.0.0.0:12321 a:a\n"
     text = f"[program:gpufleet-a-0]\n{command}[program:gpufleet-b-0]\ncommand = sleep 9\n"
-    assert host_check.program_ports(text) == [12321]
-    assert host_check.program_ports("") == host_check.program_ports("[program:theirs]\n" + command) == []
+    assert host_check.program_ports(text) == {"gpufleet-a-0": 12321}
+    assert host_check.program_ports("") == host_check.program_ports("[program:theirs]\n" + command) == {}
+
+
+def test_a_program_that_would_move_away_from_its_clients_is_refused() -> None:
+    moving = {"program": "gpufleet-tts-0", "id": "tts-gpu01-0", "service": "tts", "port": 12400}
+    assert host_check.moving_port_faults([moving], {}) == []
+    assert host_check.moving_port_faults([moving], {"gpufleet-tts-0": 12400, "gpufleet-tts-1": 12321}) == []
+    (line,) = host_check.moving_port_faults([moving], {"gpufleet-tts-0": 12321})
+    assert line.startswith("port of tts-gpu01-0 = 12400: its program is at 12321, and until it is replaced clients are")
+    assert line.endswith("Leave base_port of tts as it was, or move it with -e move_ports=true when few ask.")

@@ -60,6 +60,12 @@ options:
     description: Free space wanted by directory, which need not exist yet. Directories of one file system add up.
     type: dict
     default: {}
+  move_ports:
+    description:
+      - Whether a program that the host has may move to another port. The gateway asks for it there at once, and it is
+        not there before it was replaced.
+    type: bool
+    default: false
   user:
     description: Name of the system user that runs the instances.
     type: str
@@ -342,12 +348,28 @@ def vip_interface(module: AnsibleModule) -> tuple[str, list[str]]:
     return interface_for(listing, beside, module.params["vip_interface"])
 
 
-def program_ports(text: str) -> list[int]:
-    """Return the ports of the programs of a file; none where it is no such file: the role gpu_workers replaces it."""
+def program_ports(text: str) -> dict[str, int]:
+    """Return ports by program of a file; none where it is no such file: the role gpu_workers replaces it."""
     with contextlib.suppress(ValueError):
-        ports = (program.port for program in parse_programs(text, "gpufleet-").programs.values())
-        return [port for port in ports if port is not None]
-    return []
+        programs = parse_programs(text, "gpufleet-").programs
+        return {name: program.port for name, program in programs.items() if program.port is not None}
+    return {}
+
+
+def moving_port_faults(instances: Iterable[Mapping[str, object]], present: Mapping[str, int]) -> list[str]:
+    """Check that no program moves to another port: from the gateway's part of a run until its own, nobody finds it.
+
+    :param present: ports by program as they are now.
+    """
+    faults = []
+    for instance in instances:
+        old = present.get(str(instance["program"]), instance["port"])
+        if old != instance["port"]:
+            problem = f"its program is at {old}, and until it is replaced clients are refused"
+            service = instance["service"]
+            remedy = f"Leave base_port of {service} as it was, or move it with -e move_ports=true when few ask"
+            faults.append(fault(f"port of {instance['id']}", instance["port"], problem, remedy))
+    return faults
 
 
 def is_our_gateway() -> bool:
@@ -376,6 +398,8 @@ def check(module: AnsibleModule) -> list[str]:
     )
     uid = uid_of(wanted["user"])
     faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway())
+    if not wanted["move_ports"]:
+        faults += moving_port_faults(wanted["instances"], program_ports(read(PROGRAMS) or ""))
     if wanted["gateway_image"]:
         faults += docker_faults(module, wanted["gateway_image"])
     if not wanted["instances"]:
@@ -405,6 +429,7 @@ def main() -> None:
             "gpu_count": {"type": "int"},
             "architecture": {"type": "str"},
             "free_gigabytes": {"type": "dict", "default": {}},
+            "move_ports": {"type": "bool", "default": False},
             "user": {"type": "str", "default": "gpufleet"},
         },
         supports_check_mode=True,
@@ -414,7 +439,7 @@ def main() -> None:
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
     found = {name: path.exists() for name, path in TRACES.items()}
-    ports = program_ports(read(PROGRAMS) or "")
+    ports = list(program_ports(read(PROGRAMS) or "").values())
     module.exit_json(changed=False, vip_interface=interface, program_ports=ports, **found)
 
 
