@@ -392,20 +392,73 @@ def test_a_crash_loop_behind_running_is_seen(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "is_late", "said"),
+    ("process", "pids", "is_late", "fresh", "untouched"),
     [
-        (Process("RUNNING", 1, True, "up"), True, None),
-        (Process("STARTING", 1, True, ""), False, None),
-        (Process("STOPPED", 0, False, "Not started"), False, None),
-        (Process("STOPPED", 0, False, "Not started"), True, "STOPPED: Not started"),
-        (Process("STARTING", 1, True, ""), True, "still STARTING"),
-        (Process("RUNNING", 2, True, "up"), False, "died as pid 1 and was started again as pid 2"),
-        (Process("FATAL", 0, True, "Exited too quickly"), False, "FATAL: Exited too quickly"),
-        (None, False, "Supervisor does not know it. Does its configuration include this file?"),
+        (Process("RUNNING", 1, True, "up"), [1], True, None, None),
+        (Process("STARTING", 1, True, ""), [1], False, None, None),
+        (Process("STOPPED", 0, False, "Not started"), [], False, None, None),
+        (Process("STOPPED", 0, False, "Not started"), [], True, "STOPPED: Not started", ...),
+        (Process("STARTING", 1, True, ""), [1], True, "still STARTING", ...),
+        (Process("EXITED", 0, True, "worn out"), [1], False, "EXITED: worn out", None),
+        (Process("EXITED", 0, True, "worn out"), [1], True, "EXITED: worn out", ...),
+        (Process("RUNNING", 2, True, "up"), [1, 2], False, "died as pid 1 and was started again as pid 2", None),
+        (Process("RUNNING", 3, True, "up"), [1, 2, 3], False, "died as pid 2 and was started again as pid 3", ...),
+        (Process("BACKOFF", 0, True, "Exited too quickly"), [1], False, "BACKOFF: Exited too quickly", ...),
+        (Process("FATAL", 0, True, "Exited too quickly"), [1], False, "FATAL: Exited too quickly", ...),
+        (None, [], False, "Supervisor does not know it. Does its configuration include this file?", ...),
     ],
 )
-def test_what_keeps_a_program_from_getting_up(process: Process | None, is_late: bool, said: str | None) -> None:
-    assert trouble(process, 1, is_late) == said
+def test_what_keeps_a_program_from_getting_up(
+    process: Process | None, pids: list[int], is_late: bool, fresh: str | None, untouched: Any
+) -> None:
+    """One that this run did not take up may start anew once by itself; ... stands for the same as of a fresh one."""
+    assert trouble(process, pids, True, is_late) == fresh
+    assert trouble(process, pids, False, is_late) == (fresh if untouched is ... else untouched)
+
+
+#: Answers ready; once the file is there, that it leaves by itself, which it does after some answers.
+LEAVING = """
+import http.server, os, sys
+told = 0
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global told
+        leaves = os.path.exists(sys.argv[2])
+        self.send_response(503 if leaves else 200)
+        self.end_headers()
+        self.wfile.write(b'{"state": "%s"}' % (sys.argv[3].encode() if leaves else b"ready"))
+        told += leaves
+        if told == 3:
+            os.remove(sys.argv[2])
+            os._exit(3)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("state", ["recycling", "suspect"])
+def test_an_untouched_instance_that_starts_anew_by_itself_is_awaited(bench: Bench, state: str) -> None:
+    port, leaves = free_port(), bench.root / "leaves"
+    program = bench.program(0, bench.script("server", LEAVING, port, leaves, state), 0, autorestart="true")
+    bench.run(program, ready_ports={"gpufleet-a-0": port})
+    before = bench.pids()
+    leaves.touch()
+    result = bench.run(program, ready_ports={"gpufleet-a-0": port}, replace=[])
+    assert not result.get("failed"), result
+    assert not result["changed"]
+    assert bench.pids() != before
+
+
+def test_a_changed_instance_that_takes_itself_out_is_put_back_at_once(bench: Bench) -> None:
+    port, leaves = free_port(), bench.root / "leaves"
+    bench.run(bench.program(0))
+    leaves.touch()
+    result = bench.run(
+        bench.program(0, bench.script("server", LEAVING, port, leaves, "suspect"), 0, autorestart="true"),
+        ready_ports={"gpufleet-a-0": port},
+        ready_timeout=60,
+    )
+    assert result["msg"].startswith("gpufleet-a-0: Put back on its previous settings, it runs. It failed: ")
+    assert "died as pid" in result["msg"] or "EXITED" in result["msg"]
 
 
 def test_a_file_that_supervisord_does_not_include_is_named(bench: Bench) -> None:

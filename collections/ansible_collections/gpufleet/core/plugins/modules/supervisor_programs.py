@@ -12,7 +12,7 @@ import signal
 import stat
 import time
 import xmlrpc.client
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -291,28 +291,29 @@ class Host:
                 self.warn(f"{name} cannot be started: {reason}")
         return down
 
-    def await_up(
-        self, programs: Mapping[str, Program], readiness: Readiness, tried: Collection[str] = ()
-    ) -> dict[str, str]:
-        """Wait until all programs run and are ready, and those in ``tried`` have answered their smoke requests.
+    def await_up(self, programs: Mapping[str, Program], readiness: Readiness, fresh: Collection[str]) -> dict[str, str]:
+        """Wait until all programs run and are ready, and those in ``fresh`` have answered their smoke requests.
 
         :returns: by program that did not get there, why, with the tail of its log.
+        :param fresh: those that this run took up.
         """
         begun = time.monotonic()
         start_seconds = START_MARGIN_SECONDS + max((startsecs(program) for program in programs.values()), default=0)
         faults: dict[str, str] = {}
         waiting = set(programs)
-        pids: dict[str, int] = {}
+        pids: dict[str, list[int]] = {name: [] for name in programs}
         while waiting:
             elapsed = time.monotonic() - begun
             processes = self.supervisor.processes()
             running = set()
             for name in sorted(waiting):
-                fault = trouble(processes.get(name), pids.get(name), elapsed > start_seconds)
+                process, is_fresh = processes.get(name), name in fresh
+                if process and process.pid and process.pid not in pids[name][-1:]:
+                    pids[name].append(process.pid)
+                is_late = elapsed > (start_seconds if is_fresh else readiness.timeout)
+                fault = trouble(process, pids[name], is_fresh, is_late)
                 if fault:
                     faults[name] = fault
-                elif processes[name].pid:
-                    pids.setdefault(name, processes[name].pid)
                 # An answer proves more than the startsecs do that Supervisor lets pass before it says RUNNING.
                 if not fault and processes[name].state in (
                     {"RUNNING"} if name not in readiness.ports else STARTED_STATES
@@ -325,7 +326,7 @@ class Host:
             waiting -= set(faults) | {name for name in running if answers.get(name, ("ready", ""))[0] == "ready"}
             if waiting:
                 time.sleep(POLL_SECONDS)
-        faults |= readiness.try_out(name for name in tried if name in readiness.smoke and name not in faults)
+        faults |= readiness.try_out(name for name in fresh if name in readiness.smoke and name not in faults)
         return {name: f"{fault}\n{log_tail(programs[name])}" for name, fault in faults.items()}
 
 
@@ -394,11 +395,13 @@ def pending(held: Iterable[str], wanted: ProgramFile, present: ProgramFile) -> l
     return entries
 
 
-def trouble(process: Process | None, first_pid: int | None, is_late: bool) -> str | None:
-    """Tell why a program that was just taken up will not get up, or None while it may.
+def trouble(process: Process | None, pids: Sequence[int], is_fresh: bool, is_late: bool) -> str | None:
+    """Tell why a program will not get up, or None while it may.
 
-    :param first_pid: the pid that it was first seen with. Supervisor starts a program that dies after its startsecs
-        anew at once, for ever, and calls it RUNNING again.
+    :param pids: those that it has had meanwhile. Supervisor starts a program that dies after its startsecs anew at
+        once, for ever, and calls it RUNNING again.
+    :param is_fresh: whether this run took it up. Any other may be on its way out by itself, worn out or after failed
+        requests: it may start anew, once.
     :param is_late: whether it should be RUNNING by now.
     """
     if process is None:
@@ -406,11 +409,13 @@ def trouble(process: Process | None, first_pid: int | None, is_late: bool) -> st
     if not process.was_started and not is_late:
         return None  # added; supervisord starts it in its next turn
     if process.state not in STARTED_STATES:
+    if process.state == "EXITED" and not is_fresh and not is_late:
+        return None  # supervisord starts it anew in its next turn
         return f"{process.state}: {process.description}"
     if process.state == "STARTING" and is_late:
         return "still STARTING"
-    if first_pid and process.pid != first_pid:
-        return f"died as pid {first_pid} and was started again as pid {process.pid}"
+    if len(pids) > (1 if is_fresh else 2):
+        return f"died as pid {pids[-2]} and was started again as pid {pids[-1]}"
     return None
 
 
@@ -605,7 +610,7 @@ def put_back(host: Host, wanted: ProgramFile, present: ProgramFile, faults: Mapp
     if undone:
         host.apply(wanted.put_back(undone, present), patience, undone)
         ports = {name: program.port for name, program in restored.items() if program.port}
-        still_broken = host.await_up(restored, replace(host.readiness, ports=ports, smoke={}))
+        still_broken = host.await_up(restored, replace(host.readiness, ports=ports, smoke={}), restored)
     lines = []
     for name, fault in sorted(faults.items()):
         if name in still_broken:
