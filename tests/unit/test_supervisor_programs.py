@@ -594,6 +594,20 @@ def test_a_program_that_answers_ready_and_then_wrong_is_put_back_and_ready_again
     assert Readiness({"gpufleet-a-0": port}).ask(["gpufleet-a-0"])["gpufleet-a-0"][0] == "ready"
 
 
+@pytest.mark.parametrize("refusal", ["full", "suspect"])
+def test_a_trial_that_finds_every_slot_taken_by_clients_is_no_fault(bench: Bench, refusal: str) -> None:
+    port = free_port()
+    busy = SERVER.replace(
+        "        self.end_headers", f'        self.send_header("X-Slot-Guard", "{refusal}")\n        self.end_headers'
+    ).replace("200 if ready else 503", '429 if self.path == "/speak" else 200 if ready else 503')
+    result = bench.run(
+        bench.program(0, bench.script("busy", busy, port, "loading")),
+        ready_ports={"gpufleet-a-0": port},
+        smoke={"gpufleet-a-0": {"path": "/speak", "body": "", "content_type": "", "timeout": 5}},
+    )
+    assert result.get("failed", False) == (refusal != "full"), result
+
+
 def test_an_answer_is_not_made_to_wait_for_startsecs(bench: Bench) -> None:
     port = free_port()
     program = bench.program(0, bench.script("server", SERVER, port, "loading"), startsecs=30)

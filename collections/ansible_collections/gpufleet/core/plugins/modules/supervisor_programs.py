@@ -45,8 +45,8 @@ description:
     its processes. supervisord itself is never restarted, only started where it does not run.
   - A removed or changed program is stopped and proved gone before anything takes its place.
   - Ends with every program RUNNING or, where it has a port in O(ready_ports), answering 200 there. One that was touched
-    and has a request in O(smoke) has answered that too. A program that does not get there is put back on its previous
-    section, or taken out where it is new; the others stay as wanted.
+    and has a request in O(smoke) has answered that too, or refused it because its slots are all taken. A program that
+    does not get there is put back on its previous section, or taken out where it is new; the others stay as wanted.
   - With O(replace) only the named programs are stopped. All others that would be, with whatever waits for their card
     or port, are reported as RV(pending) and left as they run, in the file too.
 options:
@@ -198,7 +198,8 @@ class Readiness:
 
     def _try_out(self, name: str) -> str:
         request = self.smoke[name]
-        return Instance(name, self.address, self.ports[name]).try_out(request, float(request["timeout"]))
+        # One that was not drained serves since it is ready, which a guard is only after a good answer to this request.
+        return Instance(name, self.address, self.ports[name]).try_out(request, float(request["timeout"]), True)
 
     def _ask(self, name: str) -> tuple[str, str]:
         connection = http.client.HTTPConnection(self.address, self.ports[name], timeout=ASK_TIMEOUT_SECONDS)
@@ -294,8 +295,8 @@ class Host:
     def await_up(self, programs: Mapping[str, Program], readiness: Readiness, fresh: Collection[str]) -> dict[str, str]:
         """Wait until all programs run and are ready, and those in ``fresh`` have answered their smoke requests.
 
-        :returns: by program that did not get there, why, with the tail of its log.
         :param fresh: those that this run took up.
+        :returns: by program that did not get there, why, with the tail of its log.
         """
         begun = time.monotonic()
         start_seconds = START_MARGIN_SECONDS + max((startsecs(program) for program in programs.values()), default=0)
@@ -408,9 +409,9 @@ def trouble(process: Process | None, pids: Sequence[int], is_fresh: bool, is_lat
         return "Supervisor does not know it. Does its configuration include this file?"
     if not process.was_started and not is_late:
         return None  # added; supervisord starts it in its next turn
-    if process.state not in STARTED_STATES:
     if process.state == "EXITED" and not is_fresh and not is_late:
         return None  # supervisord starts it anew in its next turn
+    if process.state not in STARTED_STATES:
         return f"{process.state}: {process.description}"
     if process.state == "STARTING" and is_late:
         return "still STARTING"
