@@ -540,6 +540,70 @@ def test_only_the_named_programs_are_switched(bench: Bench) -> None:
     assert bench.file.read_text() == "# ours\n" + "".join(wanted)
 
 
+def test_a_restart_replaces_the_named_program_though_nothing_of_it_has_changed(bench: Bench) -> None:
+    programs = [bench.program(index, **described("1", index)) for index in range(3)]
+    bench.run(*programs)
+    before, text = bench.pids(), bench.file.read_text()
+    both = ["gpufleet-a-0", "gpufleet-a-1"]
+    asked = bench.run(*programs, restart=both, replace=[], check=True)
+    assert [(one["program"], one["change"], one["from"], one["to"]) for one in asked["pending"]] == [
+        ("gpufleet-a-0", "restart", "1", "1"),
+        ("gpufleet-a-1", "restart", "1", "1"),
+    ]
+    predicted = bench.run(*programs, restart=both, replace=both[:1], check=True)
+    assert (predicted["changed"], predicted["restarted"], len(predicted["pending"])) == (True, both[:1], 1)
+    assert bench.pids() == before
+    result = bench.run(*programs, restart=both, replace=both[:1])
+    assert {key: result[key] for key in ("changed", "restarted", "pending")} == {
+        key: predicted[key] for key in ("changed", "restarted", "pending")
+    }
+    assert result["seconds"].keys() == {"stop", "ready"}
+    after = bench.pids()
+    assert {name for name in before if before[name] != after[name]} == {"gpufleet-a-0"}
+    assert bench.file.read_text() == text
+
+
+def test_a_restart_starts_what_is_down_and_leaves_a_neighbour_that_is(bench: Bench) -> None:
+    bench.run(bench.program(0), bench.program(1))
+    for name in ("gpufleet-a-0", "gpufleet-a-1"):
+        bench.order("stop", name)
+        bench.wait(name, "STOPPED")
+    restart = ["gpufleet-a-0"]
+    assert bench.run(bench.program(0), bench.program(1), restart=restart, replace=restart)["restarted"] == restart
+    pids = bench.pids()
+    assert pids["gpufleet-a-0"] and not pids["gpufleet-a-1"]
+
+
+def test_a_restart_that_fails_says_so_and_leaves_the_program_as_it_is(bench: Bench) -> None:
+    failing = bench.script(
+        "failing", f"import os, time\nos.path.exists('{bench.root}/bad') and exit(1)\ntime.sleep(99)"
+    )
+    program = bench.program(0, failing, startsecs=1)
+    bench.run(program)
+    (bench.root / "bad").touch()
+    result = bench.run(program, restart=["gpufleet-a-0"], replace=["gpufleet-a-0"])
+    assert result["msg"].startswith(
+        "gpufleet-a-0: Its settings had not changed; it is left as it is. It failed: BACKOFF"
+    )
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_restart_of_what_is_not_there_is_refused(bench: Bench, check: bool) -> None:
+    bench.run(bench.program(0))
+    before = bench.pids()
+    result = bench.run(bench.program(0), restart=["gpufleet-a-0", "gpufleet-a-7"], check=check)
+    assert result["msg"].startswith("gpufleet-a-7: not among the programs of this host")
+    assert bench.pids() == before
+
+
+def test_a_restart_and_a_change_of_one_program_are_one_change(bench: Bench) -> None:
+    bench.run(bench.program(0))
+    wanted = [bench.program(0, priority=5), bench.program(1)]
+    asked = bench.run(*wanted, restart=["gpufleet-a-0", "gpufleet-a-1"], replace=[])
+    assert [(one["program"], one["change"]) for one in asked["pending"]] == [("gpufleet-a-0", "changed")]
+    assert asked["added"] == ["gpufleet-a-1"]
+
+
 def test_a_newcomer_waits_for_the_card_or_port_of_one_that_is_still_there(bench: Bench) -> None:
     binding = "/bin/sh -c 'sleep 1000' sh --bind"
     bench.run(bench.program(0, f"{binding} 0.0.0.0:12321"), bench.program(1, **described("1", 7)))

@@ -131,6 +131,11 @@ class Changes:
     changed: list[str]
     removed: list[str]
 
+    def with_restarts(self, names: Iterable[str]) -> Changes:
+        """Return these changes and ``names``, which are replaced like what changed."""
+        restarted = set(names).difference(self.added, self.removed)
+        return Changes(self.added, sorted({*self.changed, *restarted}), self.removed)
+
 
 def parse_programs(text: str, prefix: str) -> ProgramFile:
     """Take a file of programs apart.

@@ -90,6 +90,11 @@ options:
       - Left out, all may be.
     type: list
     elements: str
+  restart:
+    description: Programs of the file to be replaced though their sections are the same. O(replace) may hold them back.
+    type: list
+    elements: str
+    default: []
   socket:
     description: The Unix socket of supervisord.
     type: path
@@ -124,7 +129,7 @@ added:
   type: list
   elements: str
 restarted:
-  description: Programs that were restarted because their sections changed.
+  description: Programs that were restarted because their sections changed, or because O(restart) names them.
   returned: success
   type: list
   elements: str
@@ -140,8 +145,9 @@ started:
   elements: str
 pending:
   description:
-    - What O(replace) kept from happening, as a list of C(program), C(change) (changed, leaving or added), C(instance),
-      C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now, where it does.
+    - What O(replace) kept from happening, as a list of C(program), C(change) (changed, restart, leaving or added),
+      C(instance), C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now,
+      where it does.
   returned: success
   type: list
   elements: dict
@@ -231,11 +237,16 @@ class Host:
     warn: Callable[[str], None]
 
     def apply(
-        self, wanted: ProgramFile, patience: float, only: Collection[str] | None = None
+        self,
+        wanted: ProgramFile,
+        patience: float,
+        only: Collection[str] | None = None,
+        restart: Collection[str] = (),
     ) -> tuple[Changes, Changes]:
         """Write the file and replace the programs that differ; ``patience`` is the seconds a stop may take.
 
         :param only: see :func:`permitted`.
+        :param restart: programs that are replaced though they do not differ.
         :returns: what was done, and what there was to do.
         :raises ProgramsError: supervisord refuses the file, which is then the old one again, or a program does not end.
         """
@@ -244,7 +255,7 @@ class Host:
         if not is_private(self.path, wanted.text):
             write(self.path, wanted.text, SECRET_MODE)
         try:
-            found = self.supervisor.reread()
+            found = self.supervisor.reread().with_restarts(restart)
         except ProgramsError as error:
             write(self.path, before, SECRET_MODE)
             raise ProgramsError(f"{error}. {self.path} was left as it was; nothing was stopped.") from error
@@ -354,12 +365,14 @@ def permitted(changes: Changes, only: Collection[str] | None) -> Changes:
     )
 
 
-def held_back(wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None) -> set[str]:
-    """Return the programs that differ and must stay as ``present`` has them: those not permitted, and who follows them.
+def held_back(
+    wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None, restart: Collection[str]
+) -> set[str]:
+    """Return the programs that must stay as ``present`` has them and runs: those not permitted, and who follows them.
 
     A new program whose port is still in use, or whose card is about to be left by another one, waits for that.
     """
-    changes = compare(present, wanted)
+    changes = compare(present, wanted).with_restarts(restart)
     may = permitted(changes, only)
     held = {*changes.added, *changes.changed, *changes.removed} - {*may.added, *may.changed, *may.removed}
     staying = [present.programs[name] for name in held if name in present.programs]
@@ -375,18 +388,23 @@ def card(program: Program) -> str | None:
     return program.environment.get("CUDA_VISIBLE_DEVICES")
 
 
-def pending(held: Iterable[str], wanted: ProgramFile, present: ProgramFile) -> list[dict[str, Any]]:
+def pending(
+    held: Iterable[str], wanted: ProgramFile, present: ProgramFile, restart: Collection[str]
+) -> list[dict[str, Any]]:
     """Describe programs that wait to be replaced, removed or added, as the module returns them."""
+    differing = compare(present, wanted)
+    restarted = set(restart).difference(differing.added, differing.changed)
     entries = []
     for name in sorted(held):
         old, new = present.programs.get(name), wanted.programs.get(name)
         # A program that only supervisord still knows is in no file: nothing is known of it but its name.
         old_environment, new_environment = (program.environment if program else {} for program in (old, new))
         known = old_environment or new_environment
+        change = "restart" if name in restarted else "leaving" if not new else "changed" if old else "added"
         entries.append(
             {
                 "program": name,
-                "change": "leaving" if not new else "changed" if old else "added",
+                "change": change,
                 "instance": known.get("SLOT_GUARD_INSTANCE"),
                 "port": old.port if old else None,
                 "from": old_environment.get("SLOT_GUARD_VERSION"),
@@ -441,6 +459,16 @@ def is_down(process: Process) -> bool:
 def is_private(path: Path, text: str) -> bool:
     """Tell whether a file has this text and is readable by its owner only: environments hold passwords."""
     return read(path) == text and stat.S_IMODE(path.stat().st_mode) == SECRET_MODE
+
+
+def refuse_unknown(wanted: ProgramFile, restart: Iterable[str]) -> None:
+    """Raise ProgramsError where a program that is to be restarted is not there."""
+    unknown = sorted(set(restart) - set(wanted.programs))
+    if unknown:
+        raise ProgramsError(
+            f"{', '.join(unknown)}: not among the programs of this host, so there is nothing to restart. "
+            "Run site.yml, which brings what is missing."
+        )
 
 
 def refuse_missing(wanted: ProgramFile, changes: Changes) -> None:
@@ -551,11 +579,15 @@ def ensure_supervisord(module: AnsibleModule, supervisor: Supervisor) -> bool:
 
 
 def predict(
-    wanted: ProgramFile, present: ProgramFile, supervisor: Supervisor, only: Collection[str] | None
+    wanted: ProgramFile,
+    present: ProgramFile,
+    supervisor: Supervisor,
+    only: Collection[str] | None,
+    restart: Collection[str] = (),
 ) -> dict[str, list[Any]]:
     """Tell what a run would do, from the two files and, where it answers, from supervisord; touch nothing."""
-    held = held_back(wanted, present, only)
-    changes = compare(present, wanted.put_back(held, present))
+    held = held_back(wanted, present, only, restart)
+    changes = compare(present, wanted.put_back(held, present)).with_restarts(set(restart) - held)
     unchanged = [name for name in wanted.programs if name not in {*changes.added, *changes.changed, *held}]
     processes = supervisor.processes() if supervisor.answers() else {}
     return {
@@ -563,24 +595,29 @@ def predict(
         "restarted": changes.changed,
         "removed": changes.removed,
         "started": [name for name in unchanged if name not in processes or is_down(processes[name])],
-        "pending": pending(held, wanted, present),
+        "pending": pending(held, wanted, present, restart),
     }
 
 
 def converge(
-    host: Host, wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None = None
+    host: Host,
+    wanted: ProgramFile,
+    present: ProgramFile,
+    only: Collection[str] | None = None,
+    restart: Collection[str] = (),
 ) -> dict[str, Any]:
     """Bring the host to the wanted programs, as far as ``only`` permits, and return what was done.
 
     :param only: see :func:`permitted`.
+    :param restart: programs that are replaced though they do not differ.
     :raises ProgramsError: some program did not get up; those that had changed are put back.
     """
     patience = stop_patience(wanted, present)
-    held = held_back(wanted, present, only)
+    held = held_back(wanted, present, only, restart)
     target = wanted.put_back(held, present)
-    refuse_missing(target, compare(present, target))
+    refuse_missing(target, compare(present, target).with_restarts(set(restart) - held))
     begun = time.monotonic()
-    changes, found = host.apply(target, patience, only)
+    changes, found = host.apply(target, patience, only, restart)
     stopped = time.monotonic()
     # A run that was cut off may have left a file that supervisord has read and not acted on.
     held |= {*found.changed, *found.removed} - {*changes.changed, *changes.removed}
@@ -596,7 +633,7 @@ def converge(
         "restarted": changes.changed,
         "removed": changes.removed,
         "started": started,
-        "pending": pending(held, wanted, present),
+        "pending": pending(held, wanted, present, restart),
     }
     if touched or changes.removed:
         result["seconds"] = {"stop": round(stopped - begun, 1), "ready": round(time.monotonic() - stopped, 1)}
@@ -640,6 +677,7 @@ def main() -> None:
             "ready_timeout": {"type": "int", "default": 900},
             "smoke": {"type": "dict", "default": {}},
             "replace": {"type": "list", "elements": "str"},
+            "restart": {"type": "list", "elements": "str", "default": []},
             "socket": {"type": "path", "default": "/run/supervisor.sock"},
             "service": {"type": "str", "default": "supervisor"},
             "files": {"type": "dict", "default": {}},
@@ -657,7 +695,7 @@ def main() -> None:
         module.params["ready_timeout"],
         module.params["smoke"],
     )
-    only = module.params["replace"]
+    only, restart = module.params["replace"], module.params["restart"]
     try:
         wanted = parse_programs(module.params["content"], prefix)
     except ValueError as error:
@@ -668,7 +706,7 @@ def main() -> None:
         module.warn(f"{path} was not readable as programs and is replaced: {error}")
         present = ProgramFile("", {})
 
-    target = wanted.put_back(held_back(wanted, present, only), present)
+    target = wanted.put_back(held_back(wanted, present, only, restart), present)
     files = files_wanted(module)
     found = {file: read(file) for file in files}
     differing = {file: text for file, text in files.items() if found[file] != text}
@@ -684,12 +722,13 @@ def main() -> None:
         }
         result["diff"] = [programs, *differences(found, files)]
     try:
+        refuse_unknown(wanted, restart)
         if module.check_mode:
-            done = predict(wanted, present, supervisor, only)
+            done = predict(wanted, present, supervisor, only, restart)
         else:
             ensure_files(module, differing)
             result["changed"] |= ensure_supervisord(module, supervisor)
-            done = converge(Host(path, supervisor, readiness, module.warn), wanted, present, only)
+            done = converge(Host(path, supervisor, readiness, module.warn), wanted, present, only, restart)
             result["programs"] = {
                 name: {"state": process.state, "pid": process.pid} for name, process in supervisor.processes().items()
             }
