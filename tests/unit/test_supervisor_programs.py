@@ -23,6 +23,7 @@ from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config im
 from ansible_collections.gpufleet.core.plugins.modules import supervisor_programs
 from ansible_collections.gpufleet.core.plugins.modules.supervisor_programs import (
     Host,
+    Plan,
     Process,
     Readiness,
     Supervisor,
@@ -233,7 +234,7 @@ def test_what_a_stopped_program_leaves_behind_is_killed(bench: Bench) -> None:
     present = parse_programs(bench.file.read_text(), "gpufleet-")
     warnings: list[str] = []
     host = Host(bench.file, Supervisor(str(bench.socket), "gpufleet-"), Readiness({}), warnings.append)
-    assert converge(host, ProgramFile("", {}), present)["removed"] == ["gpufleet-a-0"]
+    assert converge(host, Plan(ProgramFile("", {}), present))["removed"] == ["gpufleet-a-0"]
     assert group_members(group) == []
     (warning,) = warnings
     assert warning.startswith("gpufleet-a-0 had left processes behind, which were killed: [")
@@ -636,8 +637,10 @@ def test_a_neighbour_that_broke_meanwhile_does_not_stop_the_switch_of_another(be
     bench.run(bench.program(0), bench.program(1))
     bench.order("stop", "gpufleet-a-1")
     bench.wait("gpufleet-a-1", "STOPPED")
-    result = bench.run(bench.program(0, priority=5), bench.program(1), replace=["gpufleet-a-0"])
-    assert (result["restarted"], result["started"]) == (["gpufleet-a-0"], [])
+    wanted = [bench.program(0, priority=5), bench.program(1)]
+    for check in (True, False):
+        result = bench.run(*wanted, replace=["gpufleet-a-0"], check=check)
+        assert (result["restarted"], result["started"]) == (["gpufleet-a-0"], [])
 
 
 def test_a_program_that_answers_ready_and_then_wrong_is_put_back_and_ready_again(bench: Bench) -> None:
