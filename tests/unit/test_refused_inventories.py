@@ -58,7 +58,7 @@ def test_the_playbook_stops_before_any_host(name, arguments):
     assert "PLAY [Give every GPU" not in run.stdout
 
 
-@pytest.mark.parametrize("name", ["drain", "undrain", "remove_host", "status", "smoke", "doctor"])
+@pytest.mark.parametrize("name", ["drain", "undrain", "restart", "remove_host", "status", "smoke", "doctor"])
 def test_what_works_from_localhost_refuses_a_limit_under_which_it_would_do_nothing(name):
     run = play(f"playbooks/{name}.yml", "inventory/example", "-e", "target=gpu01", "--limit", "gpu01")
     assert run.returncode != 0

@@ -19,6 +19,7 @@ from ansible_collections.gpufleet.core.plugins.filter.rollout import (
     programs_on_release,
     release_before,
     removable,
+    returning,
     target,
 )
 from ansible_collections.gpufleet.core.plugins.filter.verbs import doctor_document, status_document, status_lines
@@ -144,6 +145,32 @@ def test_outcomes_say_why_and_what_it_took(fleet: dict[str, Any]) -> None:
     assert early["result"] == "not begun: Still at work"
 
 
+def test_what_may_serve_again_is_asked_unless_it_left_and_a_failed_restart_stays_drained(fleet: dict[str, Any]) -> None:
+    """Another failed instance is back on what it ran before, and the drain module asks it."""
+    pending = {"gpu02": [entry("gpu02", index, "restart") for index in range(3)] + [entry("gpu02", 3)]}
+    pending["gpu01"] = [entry("gpu01", 0, "leaving"), entry("gpu01", 5, "leaving", None)]
+    batch = [one for step in batches(pending, fleet) for one in step]
+    results = {
+        "gpu01": "ok",
+        "gpu02-0": "ok",
+        "gpu02-1": "failed: x",
+        "gpu02-2": "not begun: x",
+        "gpu02-3": "failed: x",
+    }
+    told = [
+        {"result": next(results[key] for key in results if one["id"].removeprefix("tts-").startswith(key))}
+        if one["instance"]
+        else {"result": "ok"}
+        for one in batch
+    ]
+    assert [(one["id"], one["port"]) for one in returning(batch, told)] == [
+        ("tts-gpu01-0", None),
+        ("tts-gpu02-0", 12321),
+        ("tts-gpu02-2", 12323),
+        ("tts-gpu02-3", 12324),
+    ]
+
+
 def test_the_audit_log_has_what_a_run_changed_without_a_rollout(fleet: dict[str, Any]) -> None:
     programs = {"gpu01": {"added": ["gpufleet-tts-1"], "started": ["gpufleet-tts-0"]}, "gpu02": {}}
     nginx = {"changed": True, "digest": "b", "digest_before": "a"}
@@ -167,7 +194,9 @@ def test_progress_tells_the_last_batch_and_the_time_to_go_and_the_end_tells_all(
     failed = [*done, {**done[0], "result": "failed: boom", "seconds": {}}]
     lines = report(failed, 4, 20)
     assert len(lines) == 4
-    assert lines[-1].startswith("3 of 4 after 20 s; 1 FAILED, the rest was left as it was. Correct the cause and")
+    assert lines[-1].startswith("3 of 4 after 20 s; 1 FAILED, the rest was left as it was. Correct the cause and run")
+    restarts = [{**one, "change": "restart"} for one in failed]
+    assert report(restarts, 4, 20)[-1].endswith("stays drained until then, or until playbooks/undrain.yml")
 
 
 def test_going_back_changes_release_and_version_of_that_service_alone() -> None:

@@ -23,6 +23,7 @@ from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config im
 from ansible_collections.gpufleet.core.plugins.modules import supervisor_programs
 from ansible_collections.gpufleet.core.plugins.modules.supervisor_programs import (
     Host,
+    Plan,
     Process,
     Readiness,
     Supervisor,
@@ -233,7 +234,7 @@ def test_what_a_stopped_program_leaves_behind_is_killed(bench: Bench) -> None:
     present = parse_programs(bench.file.read_text(), "gpufleet-")
     warnings: list[str] = []
     host = Host(bench.file, Supervisor(str(bench.socket), "gpufleet-"), Readiness({}), warnings.append)
-    assert converge(host, ProgramFile("", {}), present)["removed"] == ["gpufleet-a-0"]
+    assert converge(host, Plan(ProgramFile("", {}), present))["removed"] == ["gpufleet-a-0"]
     assert group_members(group) == []
     (warning,) = warnings
     assert warning.startswith("gpufleet-a-0 had left processes behind, which were killed: [")
@@ -392,20 +393,73 @@ def test_a_crash_loop_behind_running_is_seen(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("process", "is_late", "said"),
+    ("process", "pids", "is_late", "fresh", "untouched"),
     [
-        (Process("RUNNING", 1, True, "up"), True, None),
-        (Process("STARTING", 1, True, ""), False, None),
-        (Process("STOPPED", 0, False, "Not started"), False, None),
-        (Process("STOPPED", 0, False, "Not started"), True, "STOPPED: Not started"),
-        (Process("STARTING", 1, True, ""), True, "still STARTING"),
-        (Process("RUNNING", 2, True, "up"), False, "died as pid 1 and was started again as pid 2"),
-        (Process("FATAL", 0, True, "Exited too quickly"), False, "FATAL: Exited too quickly"),
-        (None, False, "Supervisor does not know it. Does its configuration include this file?"),
+        (Process("RUNNING", 1, True, "up"), [1], True, None, None),
+        (Process("STARTING", 1, True, ""), [1], False, None, None),
+        (Process("STOPPED", 0, False, "Not started"), [], False, None, None),
+        (Process("STOPPED", 0, False, "Not started"), [], True, "STOPPED: Not started", ...),
+        (Process("STARTING", 1, True, ""), [1], True, "still STARTING", ...),
+        (Process("EXITED", 0, True, "worn out"), [1], False, "EXITED: worn out", None),
+        (Process("EXITED", 0, True, "worn out"), [1], True, "EXITED: worn out", ...),
+        (Process("RUNNING", 2, True, "up"), [1, 2], False, "died as pid 1 and was started again as pid 2", None),
+        (Process("RUNNING", 3, True, "up"), [1, 2, 3], False, "died as pid 2 and was started again as pid 3", ...),
+        (Process("BACKOFF", 0, True, "Exited too quickly"), [1], False, "BACKOFF: Exited too quickly", ...),
+        (Process("FATAL", 0, True, "Exited too quickly"), [1], False, "FATAL: Exited too quickly", ...),
+        (None, [], False, "Supervisor does not know it. Does its configuration include this file?", ...),
     ],
 )
-def test_what_keeps_a_program_from_getting_up(process: Process | None, is_late: bool, said: str | None) -> None:
-    assert trouble(process, 1, is_late) == said
+def test_what_keeps_a_program_from_getting_up(
+    process: Process | None, pids: list[int], is_late: bool, fresh: str | None, untouched: Any
+) -> None:
+    """One that this run did not take up may start anew once by itself; ... stands for the same as of a fresh one."""
+    assert trouble(process, pids, True, is_late) == fresh
+    assert trouble(process, pids, False, is_late) == (fresh if untouched is ... else untouched)
+
+
+#: Answers ready; once the file is there, that it leaves by itself, which it does after some answers.
+LEAVING = """
+import http.server, os, sys
+told = 0
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global told
+        leaves = os.path.exists(sys.argv[2])
+        self.send_response(503 if leaves else 200)
+        self.end_headers()
+        self.wfile.write(b'{"state": "%s"}' % (sys.argv[3].encode() if leaves else b"ready"))
+        told += leaves
+        if told == 3:
+            os.remove(sys.argv[2])
+            os._exit(3)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("state", ["recycling", "suspect"])
+def test_an_untouched_instance_that_starts_anew_by_itself_is_awaited(bench: Bench, state: str) -> None:
+    port, leaves = free_port(), bench.root / "leaves"
+    program = bench.program(0, bench.script("server", LEAVING, port, leaves, state), 0, autorestart="true")
+    bench.run(program, ready_ports={"gpufleet-a-0": port})
+    before = bench.pids()
+    leaves.touch()
+    result = bench.run(program, ready_ports={"gpufleet-a-0": port}, replace=[])
+    assert not result.get("failed"), result
+    assert not result["changed"]
+    assert bench.pids() != before
+
+
+def test_a_changed_instance_that_takes_itself_out_is_put_back_at_once(bench: Bench) -> None:
+    port, leaves = free_port(), bench.root / "leaves"
+    bench.run(bench.program(0))
+    leaves.touch()
+    result = bench.run(
+        bench.program(0, bench.script("server", LEAVING, port, leaves, "suspect"), 0, autorestart="true"),
+        ready_ports={"gpufleet-a-0": port},
+        ready_timeout=60,
+    )
+    assert result["msg"].startswith("gpufleet-a-0: Put back on its previous settings, it runs. It failed: ")
+    assert "died as pid" in result["msg"] or "EXITED" in result["msg"]
 
 
 def test_a_file_that_supervisord_does_not_include_is_named(bench: Bench) -> None:
@@ -487,6 +541,70 @@ def test_only_the_named_programs_are_switched(bench: Bench) -> None:
     assert bench.file.read_text() == "# ours\n" + "".join(wanted)
 
 
+def test_a_restart_replaces_the_named_program_though_nothing_of_it_has_changed(bench: Bench) -> None:
+    programs = [bench.program(index, **described("1", index)) for index in range(3)]
+    bench.run(*programs)
+    before, text = bench.pids(), bench.file.read_text()
+    both = ["gpufleet-a-0", "gpufleet-a-1"]
+    asked = bench.run(*programs, restart=both, replace=[], check=True)
+    assert [(one["program"], one["change"], one["from"], one["to"]) for one in asked["pending"]] == [
+        ("gpufleet-a-0", "restart", "1", "1"),
+        ("gpufleet-a-1", "restart", "1", "1"),
+    ]
+    predicted = bench.run(*programs, restart=both, replace=both[:1], check=True)
+    assert (predicted["changed"], predicted["restarted"], len(predicted["pending"])) == (True, both[:1], 1)
+    assert bench.pids() == before
+    result = bench.run(*programs, restart=both, replace=both[:1])
+    assert {key: result[key] for key in ("changed", "restarted", "pending")} == {
+        key: predicted[key] for key in ("changed", "restarted", "pending")
+    }
+    assert result["seconds"].keys() == {"stop", "ready"}
+    after = bench.pids()
+    assert {name for name in before if before[name] != after[name]} == {"gpufleet-a-0"}
+    assert bench.file.read_text() == text
+
+
+def test_a_restart_starts_what_is_down_and_leaves_a_neighbour_that_is(bench: Bench) -> None:
+    bench.run(bench.program(0), bench.program(1))
+    for name in ("gpufleet-a-0", "gpufleet-a-1"):
+        bench.order("stop", name)
+        bench.wait(name, "STOPPED")
+    restart = ["gpufleet-a-0"]
+    assert bench.run(bench.program(0), bench.program(1), restart=restart, replace=restart)["restarted"] == restart
+    pids = bench.pids()
+    assert pids["gpufleet-a-0"] and not pids["gpufleet-a-1"]
+
+
+def test_a_restart_that_fails_says_so_and_leaves_the_program_as_it_is(bench: Bench) -> None:
+    failing = bench.script(
+        "failing", f"import os, time\nos.path.exists('{bench.root}/bad') and exit(1)\ntime.sleep(99)"
+    )
+    program = bench.program(0, failing, startsecs=1)
+    bench.run(program)
+    (bench.root / "bad").touch()
+    result = bench.run(program, restart=["gpufleet-a-0"], replace=["gpufleet-a-0"])
+    assert result["msg"].startswith(
+        "gpufleet-a-0: Its settings had not changed; it is left as it is. It failed: BACKOFF"
+    )
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_restart_of_what_is_not_there_is_refused(bench: Bench, check: bool) -> None:
+    bench.run(bench.program(0))
+    before = bench.pids()
+    result = bench.run(bench.program(0), restart=["gpufleet-a-0", "gpufleet-a-7"], check=check)
+    assert result["msg"].startswith("gpufleet-a-7: not among the programs of this host")
+    assert bench.pids() == before
+
+
+def test_a_restart_and_a_change_of_one_program_are_one_change(bench: Bench) -> None:
+    bench.run(bench.program(0))
+    wanted = [bench.program(0, priority=5), bench.program(1)]
+    asked = bench.run(*wanted, restart=["gpufleet-a-0", "gpufleet-a-1"], replace=[])
+    assert [(one["program"], one["change"]) for one in asked["pending"]] == [("gpufleet-a-0", "changed")]
+    assert asked["added"] == ["gpufleet-a-1"]
+
+
 def test_a_newcomer_waits_for_the_card_or_port_of_one_that_is_still_there(bench: Bench) -> None:
     binding = "/bin/sh -c 'sleep 1000' sh --bind"
     bench.run(bench.program(0, f"{binding} 0.0.0.0:12321"), bench.program(1, **described("1", 7)))
@@ -519,8 +637,10 @@ def test_a_neighbour_that_broke_meanwhile_does_not_stop_the_switch_of_another(be
     bench.run(bench.program(0), bench.program(1))
     bench.order("stop", "gpufleet-a-1")
     bench.wait("gpufleet-a-1", "STOPPED")
-    result = bench.run(bench.program(0, priority=5), bench.program(1), replace=["gpufleet-a-0"])
-    assert (result["restarted"], result["started"]) == (["gpufleet-a-0"], [])
+    wanted = [bench.program(0, priority=5), bench.program(1)]
+    for check in (True, False):
+        result = bench.run(*wanted, replace=["gpufleet-a-0"], check=check)
+        assert (result["restarted"], result["started"]) == (["gpufleet-a-0"], [])
 
 
 def test_a_program_that_answers_ready_and_then_wrong_is_put_back_and_ready_again(bench: Bench) -> None:
@@ -539,6 +659,20 @@ def test_a_program_that_answers_ready_and_then_wrong_is_put_back_and_ready_again
         "It failed: its smoke request failed: /speak: HTTP 503"
     )
     assert Readiness({"gpufleet-a-0": port}).ask(["gpufleet-a-0"])["gpufleet-a-0"][0] == "ready"
+
+
+@pytest.mark.parametrize("refusal", ["full", "suspect"])
+def test_a_trial_that_finds_every_slot_taken_by_clients_is_no_fault(bench: Bench, refusal: str) -> None:
+    port = free_port()
+    busy = SERVER.replace(
+        "        self.end_headers", f'        self.send_header("X-Slot-Guard", "{refusal}")\n        self.end_headers'
+    ).replace("200 if ready else 503", '429 if self.path == "/speak" else 200 if ready else 503')
+    result = bench.run(
+        bench.program(0, bench.script("busy", busy, port, "loading")),
+        ready_ports={"gpufleet-a-0": port},
+        smoke={"gpufleet-a-0": {"path": "/speak", "body": "", "content_type": "", "timeout": 5}},
+    )
+    assert result.get("failed", False) == (refusal != "full"), result
 
 
 def test_an_answer_is_not_made_to_wait_for_startsecs(bench: Bench) -> None:

@@ -64,6 +64,27 @@ def test_new_code_goes_card_by_card_under_full_load_and_back_again(
     assert {(line["from"], line["to"], line["result"]) for line in back} == {(new, old, "ok")}
 
 
+def test_a_restarted_card_runs_what_it_ran_and_the_others_go_on_under_full_load(
+    operator: Operator,
+    page: Page,
+    fleet: dict[str, Any],
+    pids: Callable[..., dict[str, str]],
+    full_load: SteadyLoad,
+    audit: Callable[[], list[dict[str, Any]]],
+) -> None:
+    instance = fleet["instances"][-1]
+    before, versions = pids(), page.column("version")
+    operator.play("restart", "--check", target=f"{instance['host']}:{instance['gpu']}")
+    assert pids() == before
+    operator.play("restart", target=f"{instance['host']}:{instance['gpu']}")
+    page.wait_for("ready")
+    after = pids()
+    assert [name for name in before if before[name] != after[name]] == [instance["id"]]
+    assert page.column("version") == versions
+    (line,) = [line for line in audit() if line["what"] == "restart"]
+    assert (line["instance"], line["change"], line["result"]) == (instance["id"], "restart", "ok")
+
+
 BREAKAGES: dict[str, tuple[dict[str, Any], str]] = {
     "does not start": ({"app": "no_such_module:app"}, "no_such_module"),
     "is never ready": ({"app": "never_ready:app", "code": {"source": str(BROKEN.relative_to(PROJECT))}}, "not ready"),

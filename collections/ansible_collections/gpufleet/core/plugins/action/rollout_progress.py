@@ -36,9 +36,12 @@ def report(done: Sequence[Entry], total: int, elapsed: float, recent: int | None
         summary += f", about {elapsed / len(done) * (total - len(done)):.0f} s to go"
     failed = sum(entry["result"] != "ok" for entry in done)
     if failed:
-        summary += f"; {failed} FAILED, the rest was left as it was. Correct the cause and run the playbook again"
-        if any(entry["from"] != entry["to"] for entry in done):
-            summary += ", or go back with playbooks/rollback.yml"
+        ways = "run the playbook again"
+        if any(entry["change"] == "restart" for entry in done):
+            ways = "restart it again: what was stopped stays drained until then, or until playbooks/undrain.yml"
+        elif any(entry["from"] != entry["to"] for entry in done):
+            ways += ", or go back with playbooks/rollback.yml"
+        summary += f"; {failed} FAILED, the rest was left as it was. Correct the cause and {ways}"
     return [*rows, summary]
 
 

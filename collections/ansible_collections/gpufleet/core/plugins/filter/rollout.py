@@ -138,6 +138,20 @@ def outcomes(
     return told
 
 
+def returning(batch: Sequence[Entry], told: Sequence[Entry]) -> list[Entry]:
+    """Return the entries of a batch that may serve again, as the module drain takes them.
+
+    A restart that failed stays drained: nothing else than what failed could be put back.
+
+    :param told: what :func:`outcomes` says of them.
+    """
+    return [
+        {**entry, "port": None} if entry["change"] == "leaving" else entry  # it never gets ready, so it is not asked
+        for entry, outcome in zip(batch, told)
+        if entry["instance"] and not (entry["change"] == "restart" and outcome["result"].startswith("failed"))
+    ]
+
+
 def changes(
     fleet: Mapping[str, Any], programs: Mapping[str, Mapping[str, Any]], gateway: str, nginx: Mapping[str, Any]
 ) -> list[Entry]:
@@ -212,4 +226,5 @@ class FilterModule:
             "release_before": release_before,
             "rollout_batches": batches,
             "rollout_outcomes": outcomes,
+            "rollout_returning": returning,
         }

@@ -72,8 +72,11 @@ class Instance:
         finally:
             connection.close()
 
-    def try_out(self, request: Mapping[str, Any], timeout: float) -> str:
-        """Send it a smoke request (``path``, ``body``, ``content_type``); return what is wrong, or an empty text."""
+    def try_out(self, request: Mapping[str, Any], timeout: float, may_be_full: bool = False) -> str:
+        """Send it a smoke request (``path``, ``body``, ``content_type``); return what is wrong, or an empty text.
+
+        :param may_be_full: whether its guard may refuse it because clients have every slot.
+        """
         body, headers = str(request.get("body") or ""), {"X-Request-ID": SMOKE_REQUEST_ID}
         connection = http.client.HTTPConnection(self.address.strip("[]"), self.port, timeout=timeout)
         try:
@@ -88,7 +91,8 @@ class Instance:
             return f"{request['path']}: {type(error).__name__}: {error}"
         finally:
             connection.close()
-        if 200 <= response.status < 300:
+        is_full = response.getheader("X-Slot-Guard") == "full"
+        if 200 <= response.status < 300 or (may_be_full and is_full):
             return ""
         return f"{request['path']}: HTTP {response.status} {answered[:SHOWN_BYTES].decode(errors='replace').strip()}"
 

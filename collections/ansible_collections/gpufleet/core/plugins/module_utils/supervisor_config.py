@@ -131,6 +131,16 @@ class Changes:
     changed: list[str]
     removed: list[str]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset((*self.added, *self.changed, *self.removed))
+
+    def with_restarts(self, names: Iterable[str]) -> Changes:
+        """Return these changes and ``names``, which are replaced like what changed."""
+        restarted = set(names).difference(self.added, self.removed)
+        return Changes(self.added, sorted({*self.changed, *restarted}), self.removed)
+
 
 def parse_programs(text: str, prefix: str) -> ProgramFile:
     """Take a file of programs apart.

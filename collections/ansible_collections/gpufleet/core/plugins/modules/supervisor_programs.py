@@ -12,9 +12,10 @@ import signal
 import stat
 import time
 import xmlrpc.client
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ description:
     its processes. supervisord itself is never restarted, only started where it does not run.
   - A removed or changed program is stopped and proved gone before anything takes its place.
   - Ends with every program RUNNING or, where it has a port in O(ready_ports), answering 200 there. One that was touched
-    and has a request in O(smoke) has answered that too. A program that does not get there is put back on its previous
-    section, or taken out where it is new; the others stay as wanted.
+    and has a request in O(smoke) has answered that too, or refused it because its slots are all taken. A program that
+    does not get there is put back on its previous section, or taken out where it is new; the others stay as wanted.
   - With O(replace) only the named programs are stopped. All others that would be, with whatever waits for their card
     or port, are reported as RV(pending) and left as they run, in the file too.
 options:
@@ -90,6 +91,11 @@ options:
       - Left out, all may be.
     type: list
     elements: str
+  restart:
+    description: Programs of the file to be replaced though their sections are the same. O(replace) may hold them back.
+    type: list
+    elements: str
+    default: []
   socket:
     description: The Unix socket of supervisord.
     type: path
@@ -124,7 +130,7 @@ added:
   type: list
   elements: str
 restarted:
-  description: Programs that were restarted because their sections changed.
+  description: Programs that were restarted because their sections changed, or because O(restart) names them.
   returned: success
   type: list
   elements: str
@@ -140,8 +146,9 @@ started:
   elements: str
 pending:
   description:
-    - What O(replace) kept from happening, as a list of C(program), C(change) (changed, leaving or added), C(instance),
-      C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now, where it does.
+    - What O(replace) kept from happening, as a list of C(program), C(change) (changed, restart, leaving or added),
+      C(instance), C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now,
+      where it does.
   returned: success
   type: list
   elements: dict
@@ -198,7 +205,8 @@ class Readiness:
 
     def _try_out(self, name: str) -> str:
         request = self.smoke[name]
-        return Instance(name, self.address, self.ports[name]).try_out(request, float(request["timeout"]))
+        # One that was not drained serves since it is ready, which a guard is only after a good answer to this request.
+        return Instance(name, self.address, self.ports[name]).try_out(request, float(request["timeout"]), True)
 
     def _ask(self, name: str) -> tuple[str, str]:
         connection = http.client.HTTPConnection(self.address, self.ports[name], timeout=ASK_TIMEOUT_SECONDS)
@@ -221,6 +229,99 @@ class Readiness:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a run does to the programs of a host, from their file as it is wanted and as it is; touches nothing."""
+
+    wanted: ProgramFile
+    present: ProgramFile
+    #: None permits everything, an empty collection what stops no program, else what concerns these programs.
+    only: Collection[str] | None = None
+    #: Programs that are replaced though their sections are the same.
+    restart: Collection[str] = ()
+
+    def permitted(self, changes: Changes) -> Changes:
+        """Return the part of ``changes`` that the run may make."""
+        return Changes(
+            added=[name for name in changes.added if self.concerns(name)],
+            changed=[name for name in changes.changed if self.may_stop(name)],
+            removed=[name for name in changes.removed if self.may_stop(name)],
+        )
+
+    def concerns(self, name: str) -> bool:
+        """Tell whether the run looks after a program: starts it, and waits for it."""
+        return not self.only or name in self.only
+
+    def may_stop(self, name: str) -> bool:
+        """Tell whether the run may stop a program."""
+        return self.only is None or name in self.only
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """The programs that must stay as they are and run: those not permitted to change, and who follows them.
+
+        A new program whose port is still in use, or whose card is about to be left by another one, waits for that.
+        """
+        changes = compare(self.present, self.wanted).with_restarts(self.restart)
+        may = self.permitted(changes)
+        held = changes.names - may.names
+        staying = [self.present.programs[name] for name in held if name in self.present.programs]
+        ports = {program.port for program in staying} - {None}
+        cards = {card(self.present.programs[name]) for name in held.intersection(changes.removed)} - {None}
+        newcomers = {name: self.wanted.programs[name] for name in may.added}
+        return held | {name for name, program in newcomers.items() if program.port in ports or card(program) in cards}
+
+    @cached_property
+    def target(self) -> ProgramFile:
+        """The file as the run leaves it."""
+        return self.wanted.put_back(self.held, self.present)
+
+    @cached_property
+    def changes(self) -> Changes:
+        """What the run does, as far as the files tell."""
+        return compare(self.present, self.target).with_restarts(set(self.restart) - self.held)
+
+    @cached_property
+    def concerned(self) -> list[str]:
+        """The programs that must be up in the end."""
+        return [name for name in self.target.programs if name not in self.held and self.concerns(name)]
+
+    @property
+    def patience(self) -> int:
+        """Seconds in which any program of the two files must have ended, SIGKILL included."""
+        programs = [program for file in (self.wanted, self.present) for program in file.programs.values()]
+        waits = [program.seconds("stopwaitsecs", DEFAULT_STOPWAITSECS) for program in programs]
+        return max(waits, default=DEFAULT_STOPWAITSECS) + KILL_SECONDS
+
+    def pending(self, held: Iterable[str]) -> list[dict[str, Any]]:
+        """Describe programs that wait to be replaced, removed or added, as the module returns them."""
+        differing = compare(self.present, self.wanted)
+        restarted = set(self.restart) - differing.names
+        entries = []
+        for name in sorted(held):
+            old, new = self.present.programs.get(name), self.wanted.programs.get(name)
+            # A program that only supervisord still knows is in no file: nothing is known of it but its name.
+            old_environment, new_environment = (program.environment if program else {} for program in (old, new))
+            known = old_environment or new_environment
+            change = "restart" if name in restarted else "leaving" if not new else "changed" if old else "added"
+            entries.append(
+                {
+                    "program": name,
+                    "change": change,
+                    "instance": known.get("SLOT_GUARD_INSTANCE"),
+                    "port": old.port if old else None,
+                    "from": old_environment.get("SLOT_GUARD_VERSION"),
+                    "to": new_environment.get("SLOT_GUARD_VERSION"),
+                }
+            )
+        return entries
+
+
+def card(program: Program) -> str | None:
+    """Return the GPU that a program sees, or None where it has no card of its own."""
+    return program.environment.get("CUDA_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
 class Host:
     """Brings the programs of one host from one file to another."""
 
@@ -229,27 +330,24 @@ class Host:
     readiness: Readiness
     warn: Callable[[str], None]
 
-    def apply(
-        self, wanted: ProgramFile, patience: float, only: Collection[str] | None = None
-    ) -> tuple[Changes, Changes]:
-        """Write the file and replace the programs that differ; ``patience`` is the seconds a stop may take.
+    def apply(self, plan: Plan) -> tuple[Changes, Changes]:
+        """Write the file and replace the programs that differ.
 
-        :param only: see :func:`permitted`.
         :returns: what was done, and what there was to do.
         :raises ProgramsError: supervisord refuses the file, which is then the old one again, or a program does not end.
         """
         before = read(self.path)
-        make_log_directories(wanted)
-        if not is_private(self.path, wanted.text):
-            write(self.path, wanted.text, SECRET_MODE)
+        make_log_directories(plan.target)
+        if not is_private(self.path, plan.target.text):
+            write(self.path, plan.target.text, SECRET_MODE)
         try:
-            found = self.supervisor.reread()
+            found = self.supervisor.reread().with_restarts(plan.restart)
         except ProgramsError as error:
             write(self.path, before, SECRET_MODE)
             raise ProgramsError(f"{error}. {self.path} was left as it was; nothing was stopped.") from error
-        changes = permitted(found, only)
+        changes = plan.permitted(found)
         leaving = [*changes.changed, *changes.removed]
-        self._stop(leaving, patience)
+        self._stop(leaving, plan.patience)
         for name in leaving:
             self.supervisor.remove(name)
         # Only now: a newcomer may take over a port, or the memory of a card, from one that left.
@@ -291,28 +389,29 @@ class Host:
                 self.warn(f"{name} cannot be started: {reason}")
         return down
 
-    def await_up(
-        self, programs: Mapping[str, Program], readiness: Readiness, tried: Collection[str] = ()
-    ) -> dict[str, str]:
-        """Wait until all programs run and are ready, and those in ``tried`` have answered their smoke requests.
+    def await_up(self, programs: Mapping[str, Program], readiness: Readiness, fresh: Collection[str]) -> dict[str, str]:
+        """Wait until all programs run and are ready, and those in ``fresh`` have answered their smoke requests.
 
+        :param fresh: those that this run took up.
         :returns: by program that did not get there, why, with the tail of its log.
         """
         begun = time.monotonic()
         start_seconds = START_MARGIN_SECONDS + max((startsecs(program) for program in programs.values()), default=0)
         faults: dict[str, str] = {}
         waiting = set(programs)
-        pids: dict[str, int] = {}
+        pids: dict[str, list[int]] = {name: [] for name in programs}
         while waiting:
             elapsed = time.monotonic() - begun
             processes = self.supervisor.processes()
             running = set()
             for name in sorted(waiting):
-                fault = trouble(processes.get(name), pids.get(name), elapsed > start_seconds)
+                process, is_fresh = processes.get(name), name in fresh
+                if process and process.pid and process.pid not in pids[name][-1:]:
+                    pids[name].append(process.pid)
+                is_late = elapsed > (start_seconds if is_fresh else readiness.timeout)
+                fault = trouble(process, pids[name], is_fresh, is_late)
                 if fault:
                     faults[name] = fault
-                elif processes[name].pid:
-                    pids.setdefault(name, processes[name].pid)
                 # An answer proves more than the startsecs do that Supervisor lets pass before it says RUNNING.
                 if not fault and processes[name].state in (
                     {"RUNNING"} if name not in readiness.ports else STARTED_STATES
@@ -325,7 +424,7 @@ class Host:
             waiting -= set(faults) | {name for name in running if answers.get(name, ("ready", ""))[0] == "ready"}
             if waiting:
                 time.sleep(POLL_SECONDS)
-        faults |= readiness.try_out(name for name in tried if name in readiness.smoke and name not in faults)
+        faults |= readiness.try_out(name for name in fresh if name in readiness.smoke and name not in faults)
         return {name: f"{fault}\n{log_tail(programs[name])}" for name, fault in faults.items()}
 
 
@@ -338,93 +437,33 @@ def side_by_side(ask: Callable[[str], Any], names: Iterable[str]) -> dict[str, A
         return dict(zip(asked, pool.map(ask, asked)))
 
 
-def permitted(changes: Changes, only: Collection[str] | None) -> Changes:
-    """Return the part of ``changes`` that a run may make.
+def trouble(process: Process | None, pids: Sequence[int], is_fresh: bool, is_late: bool) -> str | None:
+    """Tell why a program will not get up, or None while it may.
 
-    :param only: None permits everything, an empty collection what stops no program, else what concerns these programs.
-    """
-    if only is None:
-        return changes
-    return Changes(
-        added=[name for name in changes.added if not only or name in only],
-        changed=[name for name in changes.changed if name in only],
-        removed=[name for name in changes.removed if name in only],
-    )
-
-
-def held_back(wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None) -> set[str]:
-    """Return the programs that differ and must stay as ``present`` has them: those not permitted, and who follows them.
-
-    A new program whose port is still in use, or whose card is about to be left by another one, waits for that.
-    """
-    changes = compare(present, wanted)
-    may = permitted(changes, only)
-    held = {*changes.added, *changes.changed, *changes.removed} - {*may.added, *may.changed, *may.removed}
-    staying = [present.programs[name] for name in held if name in present.programs]
-    ports = {program.port for program in staying} - {None}
-    cards = {card(present.programs[name]) for name in held.intersection(changes.removed)} - {None}
-    return held | {
-        name for name in may.added if wanted.programs[name].port in ports or card(wanted.programs[name]) in cards
-    }
-
-
-def card(program: Program) -> str | None:
-    """Return the GPU that a program sees, or None where it has no card of its own."""
-    return program.environment.get("CUDA_VISIBLE_DEVICES")
-
-
-def pending(held: Iterable[str], wanted: ProgramFile, present: ProgramFile) -> list[dict[str, Any]]:
-    """Describe programs that wait to be replaced, removed or added, as the module returns them."""
-    entries = []
-    for name in sorted(held):
-        old, new = present.programs.get(name), wanted.programs.get(name)
-        # A program that only supervisord still knows is in no file: nothing is known of it but its name.
-        old_environment, new_environment = (program.environment if program else {} for program in (old, new))
-        known = old_environment or new_environment
-        entries.append(
-            {
-                "program": name,
-                "change": "leaving" if not new else "changed" if old else "added",
-                "instance": known.get("SLOT_GUARD_INSTANCE"),
-                "port": old.port if old else None,
-                "from": old_environment.get("SLOT_GUARD_VERSION"),
-                "to": new_environment.get("SLOT_GUARD_VERSION"),
-            }
-        )
-    return entries
-
-
-def trouble(process: Process | None, first_pid: int | None, is_late: bool) -> str | None:
-    """Tell why a program that was just taken up will not get up, or None while it may.
-
-    :param first_pid: the pid that it was first seen with. Supervisor starts a program that dies after its startsecs
-        anew at once, for ever, and calls it RUNNING again.
+    :param pids: those that it has had meanwhile. Supervisor starts a program that dies after its startsecs anew at
+        once, for ever, and calls it RUNNING again.
+    :param is_fresh: whether this run took it up. Any other may be on its way out by itself, worn out or after failed
+        requests: it may start anew, once.
     :param is_late: whether it should be RUNNING by now.
     """
     if process is None:
         return "Supervisor does not know it. Does its configuration include this file?"
     if not process.was_started and not is_late:
         return None  # added; supervisord starts it in its next turn
+    if process.state == "EXITED" and not is_fresh and not is_late:
+        return None  # supervisord starts it anew in its next turn
     if process.state not in STARTED_STATES:
         return f"{process.state}: {process.description}"
     if process.state == "STARTING" and is_late:
         return "still STARTING"
-    if first_pid and process.pid != first_pid:
-        return f"died as pid {first_pid} and was started again as pid {process.pid}"
+    if len(pids) > (1 if is_fresh else 2):
+        return f"died as pid {pids[-2]} and was started again as pid {pids[-1]}"
     return None
 
 
 def startsecs(program: Program) -> int:
     """Return the seconds after which Supervisor calls a program RUNNING."""
     return program.seconds("startsecs", DEFAULT_STARTSECS)
-
-
-def stop_patience(*files: ProgramFile) -> int:
-    """Return the seconds in which any program of these files must have ended, SIGKILL included."""
-    waits = [
-        program.seconds("stopwaitsecs", DEFAULT_STOPWAITSECS) for file in files for program in file.programs.values()
-    ]
-    return max(waits, default=DEFAULT_STOPWAITSECS) + KILL_SECONDS
 
 
 def is_down(process: Process) -> bool:
@@ -437,11 +476,21 @@ def is_private(path: Path, text: str) -> bool:
     return read(path) == text and stat.S_IMODE(path.stat().st_mode) == SECRET_MODE
 
 
-def refuse_missing(wanted: ProgramFile, changes: Changes) -> None:
+def refuse_unknown(plan: Plan) -> None:
+    """Raise ProgramsError where a program that is to be restarted is not there."""
+    unknown = sorted(set(plan.restart) - set(plan.wanted.programs))
+    if unknown:
+        raise ProgramsError(
+            f"{', '.join(unknown)}: not among the programs of this host, so there is nothing to restart. "
+            "Run site.yml, which brings what is missing."
+        )
+
+
+def refuse_missing(plan: Plan) -> None:
     """Raise ProgramsError, before anything is stopped, where a new section names a release that is not on the host."""
     missing = []
-    for name in [*changes.added, *changes.changed]:
-        options = wanted.programs[name].options
+    for name in [*plan.changes.added, *plan.changes.changed]:
+        options = plan.target.programs[name].options
         needed = [options.get("directory", "/"), options.get("command", "/").split()[0]]
         missing += [f"{name}: {path}" for path in needed if path.startswith("/") and not Path(path).exists()]
     if missing:
@@ -544,68 +593,59 @@ def ensure_supervisord(module: AnsibleModule, supervisor: Supervisor) -> bool:
     return True
 
 
-def predict(
-    wanted: ProgramFile, present: ProgramFile, supervisor: Supervisor, only: Collection[str] | None
-) -> dict[str, list[Any]]:
-    """Tell what a run would do, from the two files and, where it answers, from supervisord; touch nothing."""
-    held = held_back(wanted, present, only)
-    changes = compare(present, wanted.put_back(held, present))
-    unchanged = [name for name in wanted.programs if name not in {*changes.added, *changes.changed, *held}]
+def predict(plan: Plan, supervisor: Supervisor) -> dict[str, list[Any]]:
+    """Tell what a run would do, from the files and, where it answers, from supervisord; touch nothing."""
     processes = supervisor.processes() if supervisor.answers() else {}
+    untouched = [name for name in plan.concerned if name not in plan.changes.names]
     return {
-        "added": changes.added,
-        "restarted": changes.changed,
-        "removed": changes.removed,
-        "started": [name for name in unchanged if name not in processes or is_down(processes[name])],
-        "pending": pending(held, wanted, present),
+        "added": plan.changes.added,
+        "restarted": plan.changes.changed,
+        "removed": plan.changes.removed,
+        "started": [name for name in untouched if name not in processes or is_down(processes[name])],
+        "pending": plan.pending(plan.held),
     }
 
 
-def converge(
-    host: Host, wanted: ProgramFile, present: ProgramFile, only: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Bring the host to the wanted programs, as far as ``only`` permits, and return what was done.
+def converge(host: Host, plan: Plan) -> dict[str, Any]:
+    """Bring the host to the wanted programs, as far as the plan permits, and return what was done.
 
-    :param only: see :func:`permitted`.
     :raises ProgramsError: some program did not get up; those that had changed are put back.
     """
-    patience = stop_patience(wanted, present)
-    held = held_back(wanted, present, only)
-    target = wanted.put_back(held, present)
-    refuse_missing(target, compare(present, target))
+    refuse_missing(plan)
     begun = time.monotonic()
-    changes, found = host.apply(target, patience, only)
+    changes, found = host.apply(plan)
     stopped = time.monotonic()
     # A run that was cut off may have left a file that supervisord has read and not acted on.
-    held |= {*found.changed, *found.removed} - {*changes.changed, *changes.removed}
-    concerned = [name for name in target.programs if name not in held and (not only or name in only)]
+    held = plan.held | ({*found.changed, *found.removed} - changes.names)
+    concerned = [name for name in plan.concerned if name not in held]
     touched = {*changes.added, *changes.changed}
-    started = host.start_down((name for name in concerned if name not in touched), patience)
-    programs = {name: target.programs[name] for name in concerned}
+    started = host.start_down((name for name in concerned if name not in touched), plan.patience)
+    programs = {name: plan.target.programs[name] for name in concerned}
     faults = host.await_up(programs, host.readiness, sorted({*touched, *started}))
     if faults:
-        raise ProgramsError(put_back(host, target, present, faults, patience))
+        raise ProgramsError(put_back(host, plan, faults))
     result: dict[str, Any] = {
         "added": changes.added,
         "restarted": changes.changed,
         "removed": changes.removed,
         "started": started,
-        "pending": pending(held, wanted, present),
+        "pending": plan.pending(held),
     }
     if touched or changes.removed:
         result["seconds"] = {"stop": round(stopped - begun, 1), "ready": round(time.monotonic() - stopped, 1)}
     return result
 
 
-def put_back(host: Host, wanted: ProgramFile, present: ProgramFile, faults: Mapping[str, str], patience: float) -> str:
+def put_back(host: Host, plan: Plan, faults: Mapping[str, str]) -> str:
     """Put the failed programs back on their previous sections and return the report for the operator."""
-    undone = [name for name in faults if present.programs.get(name) != wanted.programs[name]]
+    present, reached = plan.present, plan.target
+    undone = [name for name in faults if present.programs.get(name) != reached.programs[name]]
     restored = {name: present.programs[name] for name in undone if name in present.programs}
     still_broken: dict[str, str] = {}
     if undone:
-        host.apply(wanted.put_back(undone, present), patience, undone)
+        host.apply(Plan(reached.put_back(undone, present), reached, undone))
         ports = {name: program.port for name, program in restored.items() if program.port}
-        still_broken = host.await_up(restored, replace(host.readiness, ports=ports, smoke={}))
+        still_broken = host.await_up(restored, replace(host.readiness, ports=ports, smoke={}), restored)
     lines = []
     for name, fault in sorted(faults.items()):
         if name in still_broken:
@@ -634,6 +674,7 @@ def main() -> None:
             "ready_timeout": {"type": "int", "default": 900},
             "smoke": {"type": "dict", "default": {}},
             "replace": {"type": "list", "elements": "str"},
+            "restart": {"type": "list", "elements": "str", "default": []},
             "socket": {"type": "path", "default": "/run/supervisor.sock"},
             "service": {"type": "str", "default": "supervisor"},
             "files": {"type": "dict", "default": {}},
@@ -651,7 +692,6 @@ def main() -> None:
         module.params["ready_timeout"],
         module.params["smoke"],
     )
-    only = module.params["replace"]
     try:
         wanted = parse_programs(module.params["content"], prefix)
     except ValueError as error:
@@ -662,11 +702,11 @@ def main() -> None:
         module.warn(f"{path} was not readable as programs and is replaced: {error}")
         present = ProgramFile("", {})
 
-    target = wanted.put_back(held_back(wanted, present, only), present)
+    plan = Plan(wanted, present, module.params["replace"], module.params["restart"])
     files = files_wanted(module)
     found = {file: read(file) for file in files}
     differing = {file: text for file, text in files.items() if found[file] != text}
-    changed = bool(differing) or not is_private(path, target.text)
+    changed = bool(differing) or not is_private(path, plan.target.text)
     result: dict[str, Any] = {"programs": {}, "changed": changed}
     if module._diff:
         salt = os.urandom(16)
@@ -674,16 +714,17 @@ def main() -> None:
             "before_header": str(path),
             "after_header": str(path),
             "before": describe(present.programs, salt),
-            "after": describe(target.programs, salt),
+            "after": describe(plan.target.programs, salt),
         }
         result["diff"] = [programs, *differences(found, files)]
     try:
+        refuse_unknown(plan)
         if module.check_mode:
-            done = predict(wanted, present, supervisor, only)
+            done = predict(plan, supervisor)
         else:
             ensure_files(module, differing)
             result["changed"] |= ensure_supervisord(module, supervisor)
-            done = converge(Host(path, supervisor, readiness, module.warn), wanted, present, only)
+            done = converge(Host(path, supervisor, readiness, module.warn), plan)
             result["programs"] = {
                 name: {"state": process.state, "pid": process.pid} for name, process in supervisor.processes().items()
             }
