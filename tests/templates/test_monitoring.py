@@ -207,6 +207,25 @@ def used():
     return set().union(*map(metrics_of, texts)) - {"ALERTS"}
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("inventory/yours/alertmanager.yml", f"{PROJECT}/inventory/yours/alertmanager.yml"),
+        ("/srv/alertmanager.yml", "/srv/alertmanager.yml"),
+        ("~/alertmanager.yml", str(Path("~/alertmanager.yml").expanduser())),
+    ],
+)
+def test_a_relative_path_of_alertmanagers_configuration_starts_in_the_project(value, given, found):
+    variables = {"role_path": str(ROLE), "monitoring_alertmanager_config": given}
+    assert value("__monitoring_alertmanager_source", watched_fleet(), "monitor", **variables) == found
+
+
+def test_prometheus_is_asked_where_it_listens(value):
+    text = value("__monitoring_targets", watched_fleet(), "monitor", monitoring_address="10.0.0.9")
+    (target, *_) = json.loads(text)
+    assert target["targets"][0].startswith("10.0.0.9:")
+
+
 def test_each_alert_fires_when_it_should_and_not_otherwise(promtool):
     tests = PROJECT / "tests/templates/alerts_test.yml"
     promtool("test", "rules", tests)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from concurrent.futures import Future
@@ -153,11 +154,15 @@ def test_a_drain_and_its_end_show_within_two_seconds(scene):
 
 def test_a_drain_is_told_with_its_line_in_the_audit_log(scene):
     flag = scene.gateway.drain(SECOND)
+    since = "2026-11-25T10:00:00+00:00"
+    flag.write_text(json.dumps({"owner": "operator", "by": "alice@desk", "since": since, "reason": "a new fan"}))
     line = {"what": "drain", "instance": SECOND, "from": "serving", "to": "drained", "reason": "why", "result": "ok"}
     append_audit(scene.state, [{"by": "alice@desk", **line}])
     scene.shows(f"document.getElementById('changes').innerText.includes('{SECOND} drained')")
     scene.shows("document.getElementById('news').innerText == 'gpu01 GPU 1: drained'")
     assert scene.text("health") == "degraded"
+    scene.shows(card(SECOND, "querySelector('[data-is=drain]').innerText.startsWith('Drained by an operator, ')"))
+    assert scene.read(card(SECOND, "querySelector('[data-is=drain]').innerText")).endswith(": a new fan")
     assert "alice" not in scene.read("document.body.innerText")
     flag.unlink()
 
@@ -202,6 +207,7 @@ def test_both_languages_have_all_texts(scene):
     names += [f"state {state}" for state in states]
     names += [f"cluster {state}" for state in ("healthy", "degraded", "down")]
     names += [f"change {what}" for what in ("drain", "undrain", "forget the drain", "rollout")]
+    names += [f"drained by {who}" for who in ("operator", "rollout", "null")]
     names += [f"why {why}" for why in ("silence", "unreachable", "agent_not_answering", "forbidden")]
     english, chinese = scene.browser.run_async(f"(async () => {{ {TEXTS} }}).apply(null, arguments)", names)
     assert all(english) and all(chinese)

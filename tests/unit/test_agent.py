@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fleet_agent import agent as agent_module
+from fleet_agent import drains
 from fleet_agent.agent import Agent
 from fleet_agent.asking import MAX_ANSWER, ask, ask_all
 from fleet_agent.config import Config, ConfigError, ConfigFile, Instance
@@ -201,7 +202,7 @@ def test_a_guard_under_gunicorn_is_understood(tmp_path):
         answer = asyncio.run(ask(instance))
     standing = Standing(answer.state, answer.reason, answer.since, answer.numbers)
     config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/audit"), Path("/sock"), (instance,))
-    seen = document(View(config, {instance.id: standing}, frozenset(), "", SINCE, 0.2))
+    seen = document(View(config, {instance.id: standing}, {}, "", SINCE, 0.2))
     (entry,) = seen["instances"]
     told = r"blocks its event loop, once, for [0-2]\.\d s at worst, in audio_generate \(App_Http_Server\.py, line \d+\)"
     assert re.fullmatch(told, entry["warning"]), entry
@@ -642,6 +643,36 @@ def test_directories_that_come_later_are_used(fleet):
     fleet(scenario)
 
 
+RECORD = {"owner": "operator", "by": "alice@desk", "since": SINCE, "reason": "a new fan, at noon"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (json.dumps(RECORD), {"by": "operator", "since": SINCE, "reason": "a new fan, at noon"}),
+        (
+            json.dumps({**RECORD, "reason": "等新风扇\uff0c下午到"}),
+            {"by": "operator", "since": SINCE, "reason": "等新风扇\uff0c下午到"},
+        ),
+        (json.dumps({**RECORD, "owner": "rollout", "reason": ""}), {"by": "rollout", "since": SINCE, "reason": None}),
+        (json.dumps({**RECORD, "reason": "ask bob@desk"}), {"by": "operator", "since": SINCE, "reason": None}),
+        (json.dumps({**RECORD, "since": "noon"}), drains.UNKNOWN),
+        (json.dumps({**RECORD, "owner": ["x"]}), drains.UNKNOWN),
+        ("", drains.UNKNOWN),
+        ("[]", drains.UNKNOWN),
+    ],
+)
+def test_of_a_drain_all_is_told_but_the_account(fleet, text, told):
+    async def scenario(made, *_):
+        (made.drain / "tts-gpu01-0").write_text(text)
+        view = await made.agent().make_pass()
+        entries = {entry["id"]: entry for entry in document(view)["instances"]}
+        assert (entries["tts-gpu01-0"]["drained"], entries["tts-gpu01-0"]["drain"]) == (True, told)
+        assert (entries["tts-gpu00-0"]["drained"], entries["tts-gpu00-0"]["drain"]) == (False, None)
+
+    fleet(scenario)
+
+
 def test_each_change_is_said_once_with_its_reason(fleet, caplog):
     caplog.set_level("INFO")
 
@@ -715,7 +746,7 @@ def view_of(states, drained=(), warning="", **changes):
         for name, (_, _, _, state, count) in states.items()
     }
     config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/audit"), Path("/sock"), instances)
-    return View(config, standings, frozenset(drained), warning, SINCE, 0.2)
+    return View(config, standings, dict.fromkeys(drained, drains.UNKNOWN), warning, SINCE, 0.2)
 
 
 EQUAL = {f"tts-gpu0{host}-{gpu}": (f"gpu0{host}", gpu, 2, READY, 1) for host in (1, 2, 3) for gpu in (0, 1)}
@@ -743,7 +774,7 @@ def test_the_status_of_a_healthy_cluster():
         **{"id": "tts-gpu01-0", "service": "tts", "host": "gpu01", "gpu": 0, "address": "10.0.0.1", "port": 12321},
         **{"state": "ready", "reason": None, "warning": None, "since": SINCE, "started": None, "slots": 2},
         **{"in_flight": 1, "waiting": None, "queue": None, "served": 10, "refused": None, "failed": None},
-        **{"version": None, "drained": False},
+        **{"version": None, "drained": False, "drain": None},
     }
     assert health(seen) == "healthy\n"
 

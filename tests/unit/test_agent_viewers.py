@@ -30,7 +30,7 @@ def view(counts, reason=""):
         for name, count in counts.items()
     }
     config = Config("c", 0.5, Path("/down"), Path("/drain"), Path("/audit"), Path("/sock"), instances)
-    return View(config, standings, frozenset(), "", SINCE, 0.2)
+    return View(config, standings, {}, "", SINCE, 0.2)
 
 
 class Stage:

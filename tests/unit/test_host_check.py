@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
@@ -278,6 +279,22 @@ def test_a_driver_that_does_not_fit_its_library_is_a_fault(
     nvidia_smi(tmp_path, monkeypatch, "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     result = run(capsys, instances=[INSTANCE], gpu_count=1)
     assert "nvidia-smi -L = 'exit code 18': it says: Failed to initialize NVML: Driver/library" in result["msg"]
+
+
+@pytest.mark.parametrize(("instances", "warned"), [([INSTANCE], True), ([], False)])
+def test_a_gpu_host_without_nvidia_smi_is_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    instances: list[dict[str, Any]],
+    warned: bool,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    warn = Mock()
+    monkeypatch.setattr(host_check.AnsibleModule, "warn", warn)
+    run(capsys, instances=instances)
+    told = [call.args for call in warn.call_args_list]
+    assert told == ([("host gpu01: there is no nvidia-smi, so its GPUs were not checked",)] if warned else [])
 
 
 def test_what_only_gpu_hosts_need_is_not_asked_of_a_gateway(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,21 @@ def test_gpu_servers_are_asked_themselves_and_all_else_through_the_gateway():
     ]
 
 
+@pytest.mark.parametrize(
+    ("address", "asked_at"),
+    [
+        ("127.0.0.1", "127.0.0.1:9090"),
+        ("0.0.0.0", "127.0.0.1:9090"),
+        ("[::]", "127.0.0.1:9090"),
+        ("10.0.0.9", "10.0.0.9:9090"),
+        ("[fd00::9]", "[fd00::9]:9090"),
+    ],
+)
+def test_prometheus_asks_itself_where_it_listens(address, asked_at):
+    targets = scrape_targets(fleet(), "watcher", address)
+    assert [one["targets"] for one in targets if one["labels"]["job"] == "prometheus"] == [[asked_at]]
+
+
 def test_no_two_targets_are_the_same_series():
     """Two gateways' agents tell of the same instances; Prometheus must not take one for the other."""
     given = fleet(gateways=("gw1", "gw2"), monitoring=("gw1", "watcher"), gpu_servers=("gpu01", "watcher"))

@@ -105,6 +105,16 @@ def read_on(path, log):
     assert log.read() == b"four\n"
 
 
+def test_a_log_that_was_emptied_in_place_is_read_from_its_beginning(files, renewal):
+    write(files, 3 * DEATH)
+    running = renewal()
+    assert running.look()
+    (files / "error.log").write_text("")
+    assert not running.look()
+    write(files, DEATH)
+    assert running.look() and not running.look()
+
+
 def test_sizes_go_round_and_neighbours_differ():
     texts = [ZONES["instance.conf"]]
     for _ in range(10):

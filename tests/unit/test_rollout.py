@@ -330,11 +330,25 @@ def test_a_gateway_that_is_dead_is_named_and_the_other_one_shown(two: dict[str, 
     for results in ("answers", "configurations", "pages", "addresses"):
         found[results][0] = NOT_THERE
     assert doctor_document(two, **found)["faults"] == ["gw1: this gateway cannot be asked: No route to host"]
-    document = status_document(two, found["pages"], found["addresses"])
+    document = status_document(two, found["pages"], found["addresses"], [NOT_THERE, {"drains": {}}])
     assert document["ok"]
     assert document["faults"] == ["gw1: the agent does not tell the state of the cluster: No route to host"]
     assert len(document["instances"]) == 10
     assert status_lines({**document, "instances": []})[-1].endswith(f"available at http://{VIP}:9999, on gw2")
+
+
+def test_a_drain_is_told_with_who_why_and_since_when(fleet: dict[str, Any]) -> None:
+    told = {"by": "operator", "since": "noon", "reason": None}
+    one = {"id": "tts-gpu01-0", "state": "down", "in_flight": None, "slots": 2, "version": "f00d", "since": "one"}
+    told_page = page([{**one, "reason": "refuses", "drain": told}, {**one, "id": "tts-gpu01-1", "drain": None}])
+    record = {"owner": "operator", "by": "alice@desk", "since": "noon", "reason": "fan"}
+    for flags, who in (
+        ({"drains": {one["id"]: record}}, "alice@desk since noon: fan"),
+        (NOT_THERE, "operator since noon: "),
+    ):
+        first, second, *_ = status_lines(status_document(fleet, [told_page], [], [flags]))
+        assert f"since one  refuses; drained by {who}" in first
+        assert second.endswith("since one")
 
 
 @pytest.mark.parametrize(
@@ -350,12 +364,12 @@ def test_a_gateway_that_is_dead_is_named_and_the_other_one_shown(two: dict[str, 
 def test_one_gateway_has_the_common_address(two: dict[str, Any], addresses: list[Any], fault: str) -> None:
     found = {**seen(two), "addresses": addresses}
     assert doctor_document(two, **found)["faults"] == [fault]
-    document = status_document(two, found["pages"], addresses)
+    document = status_document(two, found["pages"], addresses, [{}, {}])
     assert (document["ok"], document["faults"]) == (False, [fault])
 
 
 def test_an_agent_that_does_not_answer_is_a_fault(fleet: dict[str, Any]) -> None:
     for silent in ({"msg": "Connection refused"}, {"content": "<html>"}, {"content": '{"error": {}}'}):
-        document = status_document(fleet, [silent], [])
+        document = status_document(fleet, [silent], [], [{}])
         assert not document["ok"]
         assert status_lines(document)[0].startswith("the agent does not tell the state of the cluster")

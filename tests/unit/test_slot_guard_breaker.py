@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -181,6 +182,7 @@ def test_what_a_smoke_request_finds(app, fault):
         ("SMOKE", '{"path": "/x", "headers": {"a": 1}}', "must be text"),
         ("SMOKE", '{"path": "/x", "status": "200"}', "must be numbers above 0"),
         ("FAILURES", "0", "SLOT_GUARD_FAILURES is '0'"),
+        ("TIME_LIMIT", "0", "SLOT_GUARD_TIME_LIMIT is '0'"),
     ],
 )
 def test_settings_are_refused_by_name(variable, value, said):
@@ -386,6 +388,31 @@ def test_an_instance_that_was_taken_out_lets_its_work_finish(tmp_path):
             assert instance.exits == [1]
 
     asyncio.run(play())
+
+
+def test_work_that_hangs_keeps_no_instance_that_was_taken_out(tmp_path, caplog, capfd):
+    hung = threading.Event()
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            raise NotImplementedError
+        if scope["path"] == "/hangs":
+            await asyncio.to_thread(hung.wait)
+        await answering({**START, "status": 500}, END)(scope, receive, send)
+
+    async def play():
+        async with process(tmp_path, app, failure_limit=1, time_limit_seconds=0.1) as instance:
+            Request(instance, "/hangs")
+            await settle()
+            await outcomes(instance, 1)
+            assert (instance.state, instance.exits) == ("suspect", [])
+            await asyncio.sleep(0.5)
+            assert instance.exits == [1]
+            hung.set()
+
+    asyncio.run(play())
+    assert "x:y hangs: 1 of 2 slots still at work after 0.1 s, it ends without them" in caplog.text
+    assert "in wait" in capfd.readouterr().err, "where the threads are"
 
 
 def test_a_request_that_waits_for_a_slot_does_not_get_in_after_the_trip(tmp_path):

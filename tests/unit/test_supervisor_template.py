@@ -103,6 +103,7 @@ def test_one_program_per_instance_of_this_host_on_explicit_releases(programs: Ca
             "SLOT_GUARD_INSTANCE": f"tts-gpu01-{index}",
             "SLOT_GUARD_SLOTS": "2",
             "SLOT_GUARD_STATE": "/var/lib/gpufleet",
+            "SLOT_GUARD_TIME_LIMIT": "315",
             "SLOT_GUARD_VERSION": "f00d",
         }
 
@@ -119,6 +120,7 @@ def test_a_stop_outlasts_the_longest_request(programs: Callable[..., dict[str, A
     settings = gunicorn_settings(program)
     assert seconds < settings.graceful_timeout < program.stopwaitsecs
     assert settings.timeout > seconds
+    assert Settings.from_environment(program.environment).time_limit_seconds == settings.graceful_timeout
 
 
 def test_killing_takes_the_worker_along_and_stopping_asks_the_master_alone(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from unittest.mock import Mock
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
@@ -80,6 +81,7 @@ def host(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(units, "SYSTEMD", tmp_path / "systemd")
     monkeypatch.setattr(units, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(units, "MARKS", tmp_path / "marks")
     return Host(tmp_path, capsys)
 
 
@@ -159,6 +161,31 @@ def test_what_does_not_come_up_is_as_it_was_before(host):
     assert host.apply(settings="broken", watched="x")["failed"]
     assert host.found() == (WHOLE, UP)
     assert not host.apply()["changed"]
+
+
+def test_what_cannot_be_put_back_is_not_called_as_before(host):
+    host.apply()
+    host.settings.write_text("broken")
+    refused = host.apply(settings="broken too")["msg"]
+    assert refused.endswith("Its files are as they were before, but it is inactive and enabled.")
+    assert host.apply(settings="broken", plan=True)["changed"]
+    assert host.apply()["changed"]
+    assert host.found() == (WHOLE, UP)
+    assert not host.apply()["changed"]
+
+
+def test_a_run_that_was_cut_off_is_finished_by_the_next(host, monkeypatch):
+    host.apply()
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr(units.Unit, "take_over", Mock(side_effect=KeyboardInterrupt))
+        host.apply(settings="b")
+    host.done()
+    assert host.apply(settings="b", check=["false"])["failed"]
+    assert host.apply(settings="b", plan=True)["changed"]
+    assert host.done() == []
+    assert host.apply(settings="b")["changed"]
+    assert host.done() == ["enable", "restart"]
+    assert not host.apply(settings="b")["changed"]
 
 
 def test_what_its_check_refuses_is_never_read(host):

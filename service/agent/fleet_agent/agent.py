@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
 
-from fleet_agent import status
+from fleet_agent import drains, status
 from fleet_agent.asking import LAG_LIMIT, ask_all
 from fleet_agent.audit import AuditLog, Change
 from fleet_agent.config import Config, ConfigError, ConfigFile
 from fleet_agent.decision import READY, SILENT, Standing, decide
 from fleet_agent.edition import Edition, Reply
-from fleet_agent.flags import Flags, names
+from fleet_agent.flags import Flags
 from fleet_agent.server import StatusServer
 from fleet_agent.viewers import Viewers
 
@@ -67,11 +67,11 @@ class Agent:
         self._complaints = Complaints()
         self._flags: Flags | None = None
         self._server: StatusServer | None = None
-        self._drained: frozenset[str] = frozenset()
+        self._drained: Mapping[str, drains.Drain] = {}
         self._audit_log = AuditLog()
         self._changes: tuple[Change, ...] = ()
         self._config = config
-        self._view = status.View(config, {}, frozenset(), "", now(), 0.0)
+        self._view = status.View(config, {}, {}, "", now(), 0.0)
         self._edition = Edition(self._view)
         self._viewers = Viewers(self._edition)
 
@@ -175,10 +175,10 @@ class Agent:
             wanted = {name: f"{standing.flag}\n" for name, standing in standings.items() if standing.flagged}
             self._complaints.report("flags", ", ".join(sorted(self._flags.apply(wanted))))
 
-    def _read_drained(self, config: Config) -> frozenset[str]:
-        """Names of the raised drain flags; those last seen where the directory cannot be read."""
+    def _read_drained(self, config: Config) -> Mapping[str, drains.Drain]:
+        """What the raised drain flags tell, by name; those last seen where the directory cannot be read."""
         try:
-            self._drained = frozenset(names(config.drain_directory))
+            self._drained = drains.read(config.drain_directory)
         except OSError as error:
             self._complaints.report("drain flags", str(error.strerror))
         else:

@@ -20,8 +20,8 @@ TAIL = 65_536
 
 Change = dict[str, Any]
 
-_PLAIN = re.compile(r"[\w.: +-]{1,120}")
-"""No `@` of an account, no `/` of a path, no quotation."""
+_PLAIN = re.compile(r"[\w.,;:() +\u3002\uff08\uff09\uff0c\uff1a\uff1b-]{1,120}")
+"""No `@` of an account, no `/` of a path, no quotation; punctuation also as Chinese has it."""
 
 
 class AuditLog:
@@ -60,11 +60,12 @@ def _told(line: bytes) -> Change | None:
         return None
     if not isinstance(record, dict):
         return None
-    change: Change = {name: _plain(record.get(name)) for name in ("time", "what", "instance", "from", "to")}
+    change: Change = {name: plain(record.get(name)) for name in ("time", "what", "instance", "from", "to")}
     if not (change["time"] and change["what"] and change["instance"]):
         return None
     return {**change, "ok": record.get("result") == "ok"}
 
 
-def _plain(value: object) -> str | None:
+def plain(value: object) -> str | None:
+    """The value, if it is plain words."""
     return value if isinstance(value, str) and _PLAIN.fullmatch(value) else None

@@ -81,8 +81,10 @@ class Log:
         self._known = status.st_ino, self._file.tell()
 
     def _read_on(self) -> bytes:
-        """Whole lines only: the rest of one is read once it is there."""
+        """Whole lines only: the rest of one is read once it is there. An emptied log is read from its beginning."""
         assert self._file is not None
+        if self._file.tell() > os.fstat(self._file.fileno()).st_size:
+            self._file.seek(0)
         text = self._file.read(AT_A_TIME)
         whole = text[: text.rfind(b"\n") + 1]
         self._file.seek(len(whole) - len(text), os.SEEK_CUR)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fleet_agent.config import Config, Instance
 from fleet_agent.decision import GUARD_STATES, READY, Standing
+from fleet_agent.drains import Drain
 
 DRAINING = "draining"
 DRAINED = "drained"
@@ -25,8 +26,8 @@ class View:
     config: Config
     standings: Mapping[str, Standing]
     """By the id of each instance of `config`."""
-    drained: frozenset[str]
-    """Names of the drain flags that are raised."""
+    drained: Mapping[str, Drain]
+    """By name of each drain flag that is raised, what it tells."""
     warning: str
     """Why silence raised no flag in this pass; empty where it needed not or did."""
     timestamp: str
@@ -166,6 +167,7 @@ def _entry(view: View, instance: Instance) -> dict[str, Any]:
         **{name: standing.numbers.get(name) for name in _COUNTS},
         "version": standing.numbers.get("version") or None,
         "drained": instance.id in view.drained,
+        "drain": view.drained.get(instance.id),
     }
 
 

@@ -92,11 +92,17 @@ function drawGpu(gpu, entry) {
     version: entry.version,
     since: entry.since && moment(entry.since),
     reason: entry.reason ?? entry.warning,
+    drain: entry.drain && drainOf(entry.drain),
   });
   state(gpu.node.querySelector(".state"), entry.state, "state");
   const [slots, places] = gpu.node.querySelectorAll(".slots");
   fillSlots(slots, text("slots in use"), entry.in_flight ?? 0, entry.slots);
   fillSlots(places, text("waiting"), entry.waiting ?? 0, entry.queue ?? 0);
+}
+
+function drainOf({ by, since, reason }) {
+  const what = text(`drained by ${by}`, { since: since && moment(since) });
+  return reason ? text("because", { what, reason }) : what;
 }
 
 function drawSums() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -46,6 +47,9 @@ SHUTDOWN_SECONDS = 10.0
 
 CLAIM_SECONDS = 2.0
 """How long a slot is kept for a request whose turn has come: that is one way from here to the gateway and back."""
+
+STDERR = 2
+"""Its descriptor, which an app cannot have replaced as it may sys.stderr."""
 
 FINISHING_TICKS = 10
 """Turns of the event loop that an answered request is given to return before a new one is refused."""
@@ -259,7 +263,14 @@ class SlotGuard:
         self._leaving = asyncio.create_task(self._leave())
 
     async def _leave(self) -> None:
-        await self.slots.all_free()
+        """End the process when its work is done: but a thread that hangs in a driver never ends."""
+        seconds = self.settings.time_limit_seconds
+        try:
+            await asyncio.wait_for(self.slots.all_free(), seconds)
+        except asyncio.TimeoutError:
+            held = f"{self.slots.in_flight} of {self.slots.total} slots still at work after {seconds:g} s"
+            logger.error("%s hangs: %s, it ends without them", self.settings.app, held)
+            faulthandler.dump_traceback(STDERR)  # of every thread
         await asyncio.sleep(FAREWELL_SECONDS)
         if self._app_lifespan is not None:
             await asyncio.wait([asyncio.ensure_future(self._app_lifespan.shutdown())], timeout=SHUTDOWN_SECONDS)

@@ -34,6 +34,8 @@ class Settings:
     """Networks whose peers may use the admin endpoints; loopback may always."""
     failure_limit: int = 3
     """Failed requests in a row after which the instance is taken out and restarted."""
+    time_limit_seconds: int | None = None
+    """How long its last requests may take once it is taken out or recycled; None: as long as they do."""
     limits: Wear = UNLIMITED
     """Where the instance is recycled."""
     smoke: Smoke | None = None
@@ -71,6 +73,7 @@ class Settings:
             version=environ.get("SLOT_GUARD_VERSION", ""),
             admin_from=admin_from,
             failure_limit=_whole_number(environ, "SLOT_GUARD_FAILURES", 3),
+            time_limit_seconds=_limit(environ, "SLOT_GUARD_TIME_LIMIT"),
             limits=Wear(
                 _limit(environ, "SLOT_GUARD_MEMORY_MEGABYTES"),
                 _limit(environ, "SLOT_GUARD_RECYCLE_REQUESTS"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..load import SteadyLoad
-from ..operations import Operator, Page
+from ..operations import Operator, Page, words
 
 
 def test_a_drained_card_gets_no_request_until_undrained(
@@ -24,6 +24,9 @@ def test_a_drained_card_gets_no_request_until_undrained(
 
     operator.play("drain", target=target, reason="a new fan")
     page.wait_for("drained", instance["id"])
+    assert page.column("drain")[instance["id"]]["reason"] == "a new fan"
+    by = audit()[0]["by"]
+    assert f"drained by {by} since " in words(operator.play("status"))
     before = events()
     time.sleep(4)
     assert events() == before

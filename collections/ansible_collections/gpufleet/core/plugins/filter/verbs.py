@@ -17,14 +17,15 @@ DRAINED = ("draining", "drained")
 _SERVER_NAME = re.compile(r"^\s*server_name\s+(\S+);", re.MULTILINE)
 
 
-def status_document(fleet: Mapping[str, Any], pages: list[Any], addresses: list[Any]) -> Document:
+def status_document(fleet: Mapping[str, Any], pages: list[Any], addresses: list[Any], drains: list[Any]) -> Document:
     """Return what the page tells of the gateway that clients reach, with ``ok`` and how the gateways are.
 
     :param pages: for each gateway the result of asking it for /cluster/status.
     :param addresses: likewise for the common address among its own; empty where there is none.
+    :param drains: likewise of asking it for its drain flags, which tell what the page keeps to itself: who it was.
     """
     gateways = _gateways(fleet, addresses)
-    told = [_page(page) for page in pages]
+    told = [_with_drains(_page(page), flags) for page, flags in zip(pages, drains)]
     holders = [page for page, gateway in zip(told, gateways) if page and gateway["has_vip"]]
     shown = next(iter([*holders, *filter(None, told)]), {})
     faults = [
@@ -47,13 +48,29 @@ def status_lines(document: Mapping[str, Any]) -> list[str]:
     rows = [
         f"{one['id']}  {one['state']}  {one['in_flight']}/{one['slots']}"
         f"{'  {} waiting'.format(one['waiting']) if one.get('waiting') else ''}  {one['version']}  since {one['since']}"
-        f"  {one.get('reason') or one.get('warning') or ''}".rstrip()
+        f"  {'; '.join(filter(None, (one.get('reason') or one.get('warning'), _drain(one))))}".rstrip()
         for one in document.get("instances", [])
     ]
     holders = [gateway["host"] for gateway in document["gateways"] if gateway["has_vip"]]
     total = f"{document.get('status', 'unknown')}: {document.get('available_capacity')} of "
     total += f"{document.get('total_capacity')} concurrent requests available at {document['url']}"
     return [*rows, *document["faults"], total + (f", on {' and '.join(holders)}" if holders else "")]
+
+
+def _with_drains(page: Document | None, flags: Any) -> Document | None:
+    """Return a page whose drains are told as their flags have them, where those could be read."""
+    records = (flags.get("drains") if isinstance(flags, Mapping) else None) or {}
+    if page:
+        instances = [{**one, "drain": records.get(one["id"]) or one.get("drain")} for one in page["instances"]]
+        page = {**page, "instances": instances}
+    return page
+
+
+def _drain(one: Mapping[str, Any]) -> str:
+    drain = one.get("drain") or {}
+    if not drain.get("by"):
+        return ""
+    return f"drained by {drain['by']} since {drain['since']}: {drain.get('reason') or 'no reason given'}"
 
 
 def with_smoke(instances: list[Mapping[str, Any]], fleet: Mapping[str, Any]) -> list[Document]:

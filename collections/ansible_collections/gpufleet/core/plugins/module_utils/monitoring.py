@@ -9,10 +9,13 @@ from typing import Any
 METRICS_PATH = "/cluster/metrics"
 """Where a gateway serves its agent's metrics, and below it those of its other exporters, to monitoring hosts alone."""
 
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("", "0.0.0.0", "[::]")
+
 GATEWAY_EXPORTERS = ("nginx", "requests", "node")
 
 
-def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
+def scrape_targets(fleet: Mapping[str, Any], host: str, listens_at: str = LOOPBACK) -> list[dict[str, Any]]:
     """What the Prometheus of ``host`` asks, as file_sd has it. Every target says its own job.
 
     A gateway's exporters listen at loopback and are asked through the gateway. Each gateway has an agent that tells of
@@ -20,7 +23,8 @@ def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
     """
     ports = fleet["monitoring_ports"]
     gateways = {gateway["host"]: gateway["url"] for gateway in fleet["gateways"]}
-    targets = [_target(f"127.0.0.1:{ports['prometheus']}", "prometheus", host)]
+    itself = LOOPBACK if listens_at in EVERYWHERE else listens_at
+    targets = [_target(f"{itself}:{ports['prometheus']}", "prometheus", host)]
     for name, url in gateways.items():
         scheme, _, address = url.partition("://")
         own = {"__scheme__": scheme}
@@ -32,9 +36,9 @@ def scrape_targets(fleet: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
     for name, url in entrances.items():
         probe = {"__metrics_path__": "/probe", "__param_module": "gateway"}
         probe["__param_target"] = f"{url}/health"
-        targets.append(_target(f"127.0.0.1:{ports['probe']}", "probe", name, **probe))
+        targets.append(_target(f"{LOOPBACK}:{ports['probe']}", "probe", name, **probe))
     others = {name: entry["address"] for name, entry in fleet["hosts"].items()}
-    for name, address in {host: "127.0.0.1", **others}.items():
+    for name, address in {host: LOOPBACK, **others}.items():
         if name not in gateways:
             targets.append(_target(f"{address}:{ports['node']}", "node", name))
     return targets

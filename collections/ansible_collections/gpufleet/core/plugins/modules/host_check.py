@@ -413,6 +413,8 @@ def check(module: AnsibleModule) -> list[str]:
         listing, broken = list_gpus(module)
         devices = dict.fromkeys(instance["device"] for instance in wanted["instances"])
         faults += broken or gpu_faults(listing, devices, wanted["gpu_count"])
+    else:
+        module.warn(f"host {wanted['host']}: there is no nvidia-smi, so its GPUs were not checked")
     return faults
 
 

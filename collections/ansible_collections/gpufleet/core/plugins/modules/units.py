@@ -24,8 +24,8 @@ module: units
 short_description: Have systemd units run with the files that they read, or leave nothing of ours of them
 description:
   - For each unit in turn, writes its files, lets them be checked, and enables and starts it, now and at every boot. A
-    unit that runs is restarted or reloaded where a file changed. If it does not come up, the files are put back and it
-    runs as before.
+    unit that runs is restarted or reloaded where a file changed, by a run that was cut off too. If it does not come up,
+    the files are put back, and the unit as it was.
   - A unit that is not to run is stopped and disabled, and its files removed, where one of them is there; a unit of the
     same name without any of our files is somebody else's and left alone.
 options:
@@ -93,6 +93,9 @@ SYSTEMD = Path("/etc/systemd/system")
 SETTLE_SECONDS = 1.0
 """How long a unit must have been active after its start: a wrong option ends a program at once."""
 
+MARKS = Path("/run/gpufleet-units")
+"""A file by the name of each unit that is being changed: one that is found tells of a run that was cut off."""
+
 LOG_LINES = 15
 
 
@@ -106,6 +109,8 @@ class Unit(Commands):
         self.check: list[str] = given["check"]
         self.reload: bool = given["reload"]
         self.makes = [Path(path) for path in given["makes"]]
+        self.mark = MARKS / self.name
+        self.unfinished = self.mark.exists()
         self.disturbed = self.run is False
         state = self.state()
         self.known = state["LoadState"] == "loaded"
@@ -132,14 +137,16 @@ class Unit(Commands):
     @property
     def as_wanted(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.differing and (not self.run or (self.active and self.enabled))
+        return not self.unfinished and not self.differing and (not self.run or (self.active and self.enabled))
 
     def bring(self) -> None:
         """Bring files and unit to what is wanted, or back to what was found."""
+        write(self.mark, "")
         try:
             if self.run is False and self.known:
                 self.command("systemctl", "disable", "--now", "--quiet", self.name)
             self.write(self.wanted)
+            self.command("systemctl", "daemon-reload")
             if self.check and self.run:
                 self.command(*self.check)
             self.disturbed = True
@@ -148,15 +155,15 @@ class Unit(Commands):
             if self.run or (self.run is None and self.active):
                 self.take_over()
         except Refused as refusal:
-            self.put_back()
-            raise Refused(f"{self.name}: {refusal}") from refusal
+            raise Refused(f"{self.name}: {refusal}\n{self.put_back()}") from refusal
         if self.run is False:
             for path in self.makes:
                 path.unlink(missing_ok=True)
+        write(self.mark, None)
 
     def take_over(self) -> None:
         """Let the program read its files, where it has not seen them, and prove that it goes on."""
-        changed = {path for path, text in self.read_at_start.items() if self.found[path] != text}
+        changed = {path for path, text in self.read_at_start.items() if self.unfinished or self.found[path] != text}
         if self.active and not changed:
             return
         reloads = self.active and self.reload and not any(SYSTEMD in path.parents for path in changed)
@@ -166,22 +173,33 @@ class Unit(Commands):
             log = self.module.run_command(["journalctl", "-u", self.name, "-n", str(LOG_LINES), "-o", "cat"])[1]
             raise Refused(f"it did not come up. The end of its log:\n{log}")
 
-    def put_back(self) -> None:
-        """Have the files that were found, and the unit as it was; where only files were touched, it went on."""
+    def put_back(self) -> str:
+        """Have the files that were found, and the unit as it was, and say how it is now.
+
+        Where only files were touched, it went on.
+        """
         undone = [verb for verb, was in (("stop", self.active), ("disable", self.enabled)) if not was]
         again = [verb for verb, was in (("enable", self.enabled), ("restart", self.active)) if was]
         for verb in undone if self.disturbed else []:
             self.module.run_command(["systemctl", verb, self.name])
         self.write(self.found)
+        self.module.run_command(["systemctl", "daemon-reload"])
         for verb in again if self.disturbed else []:
             self.module.run_command(["systemctl", verb, self.name])
+        if self.disturbed and self.active:
+            time.sleep(SETTLE_SECONDS)
+        state = self.state()
+        if (state["ActiveState"] == "active", state["UnitFileState"] == "enabled") != (self.active, self.enabled):
+            return f"Its files are as they were before, but it is {state['ActiveState']} and {state['UnitFileState']}."
+        if self.disturbed or not self.unfinished:
+            write(self.mark, None)
+        return "It is as it was before."
 
     def write(self, texts: Texts) -> None:
-        """Write files, and let systemd read those that are its own."""
+        """Write the files that differ."""
         for path, text in texts.items():
             if read(path) != text:
                 write(path, text)
-        self.command("systemctl", "daemon-reload")
 
 
 def main() -> None:
@@ -211,7 +229,7 @@ def main() -> None:
             for unit in touched:
                 unit.bring()
         except Refused as refusal:
-            module.fail_json(msg=f"{refusal}\nIt is as it was before.", **result)
+            module.fail_json(msg=str(refusal), **result)
     module.exit_json(**result)
 
 
