@@ -146,9 +146,9 @@ def test_outcomes_say_why_and_what_it_took(fleet: dict[str, Any]) -> None:
 
 
 def test_what_may_serve_again_is_asked_unless_it_left_and_a_failed_restart_stays_drained(fleet: dict[str, Any]) -> None:
-    """Another failed instance is back on what it ran before, and the drain module asks it."""
-    pending = {"gpu02": [entry("gpu02", index, "restart") for index in range(3)] + [entry("gpu02", 3)]}
-    pending["gpu01"] = [entry("gpu01", 0, "leaving"), entry("gpu01", 5, "leaving", None)]
+    """Another failed instance is back on what it ran before, and the drain module asks it; at the fleet's port."""
+    pending = {"gpu02": [entry("gpu02", index, "restart") for index in range(3)] + [{**entry("gpu02", 3), "port": 9}]}
+    pending["gpu01"] = [entry("gpu01", 7, "leaving"), entry("gpu01", 5, "leaving", None)]
     batch = [one for step in batches(pending, fleet) for one in step]
     results = {
         "gpu01": "ok",
@@ -163,8 +163,8 @@ def test_what_may_serve_again_is_asked_unless_it_left_and_a_failed_restart_stays
         else {"result": "ok"}
         for one in batch
     ]
-    assert [(one["id"], one["port"]) for one in returning(batch, told)] == [
-        ("tts-gpu01-0", None),
+    assert [(one["id"], one["port"]) for one in returning(batch, told, fleet)] == [
+        ("tts-gpu01-7", None),
         ("tts-gpu02-0", 12321),
         ("tts-gpu02-2", 12323),
         ("tts-gpu02-3", 12324),

@@ -499,16 +499,18 @@ def test_neither_diff_nor_result_show_secrets(bench: Bench) -> None:
     assert diff["before"].count("(hidden, ") == 1
 
 
-def described(version: str, index: int = 0) -> dict[str, str]:
+def described(version: str, index: int = 0, host: str = "host") -> dict[str, str]:
     """Options by which a program says which instance it is, on which card and release."""
-    variables = {"CUDA_VISIBLE_DEVICES": index, "SLOT_GUARD_INSTANCE": f"a-host-{index}", "SLOT_GUARD_VERSION": version}
+    instance = f"a-{host}-{index}"
+    variables = {"CUDA_VISIBLE_DEVICES": index, "SLOT_GUARD_INSTANCE": instance, "SLOT_GUARD_VERSION": version}
     return {"environment": ",".join(f"{name}='{value}'" for name, value in variables.items())}
 
 
 def test_without_permission_to_stop_the_new_ones_start_and_the_rest_is_pending(bench: Bench) -> None:
     bench.run(*(bench.program(index, **described("1", index)) for index in range(3)))
     before, text = bench.pids(), bench.file.read_text()
-    wanted = [bench.program(0, **described("1")), bench.program(1, **described("2", 1)), bench.program(3)]
+    renamed = described("2", 1, host="renamed")
+    wanted = [bench.program(0, **described("1")), bench.program(1, **renamed), bench.program(3)]
     predicted = bench.run(*wanted, check=True, replace=[])
     result = bench.run(*wanted, replace=[])
     assert (result["added"], result["restarted"], result["removed"]) == (["gpufleet-a-3"], [], [])
@@ -516,7 +518,7 @@ def test_without_permission_to_stop_the_new_ones_start_and_the_rest_is_pending(b
         (entry["program"], entry["change"], entry["instance"], entry["from"], entry["to"])
         for entry in result["pending"]
     ] == [
-        ("gpufleet-a-1", "changed", "a-host-1", "1", "2"),
+        ("gpufleet-a-1", "changed", "a-renamed-1", "1", "2"),
         ("gpufleet-a-2", "leaving", "a-host-2", "1", None),
     ]
     assert predicted["pending"] == result["pending"]

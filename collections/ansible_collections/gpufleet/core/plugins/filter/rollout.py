@@ -138,15 +138,19 @@ def outcomes(
     return told
 
 
-def returning(batch: Sequence[Entry], told: Sequence[Entry]) -> list[Entry]:
+def returning(batch: Sequence[Entry], told: Sequence[Entry], fleet: Mapping[str, Any]) -> list[Entry]:
     """Return the entries of a batch that may serve again, as the module drain takes them.
 
     A restart that failed stays drained: nothing else than what failed could be put back.
 
     :param told: what :func:`outcomes` says of them.
     """
+    ports = {instance["id"]: instance["port"] for instance in fleet["instances"]}
     return [
-        {**entry, "port": None} if entry["change"] == "leaving" else entry  # it never gets ready, so it is not asked
+        {
+            **entry,
+            "port": ports.get(entry["instance"]),
+        }  # one that left has none: it never gets ready, so it is not asked
         for entry, outcome in zip(batch, told)
         if entry["instance"] and not (entry["change"] == "restart" and outcome["result"].startswith("failed"))
     ]

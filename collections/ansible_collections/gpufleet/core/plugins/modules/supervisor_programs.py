@@ -147,8 +147,8 @@ started:
 pending:
   description:
     - What O(replace) kept from happening, as a list of C(program), C(change) (changed, restart, leaving or added),
-      C(instance), C(port), and the versions C(from) and C(to). Instance, port and version are those of what runs now,
-      where it does.
+      C(instance), C(port), and the versions C(from) and C(to). The port is that of what runs now, where it does; the
+      instance is called as it is to be, where it stays.
   returned: success
   type: list
   elements: dict
@@ -301,7 +301,7 @@ class Plan:
             old, new = self.present.programs.get(name), self.wanted.programs.get(name)
             # A program that only supervisord still knows is in no file: nothing is known of it but its name.
             old_environment, new_environment = (program.environment if program else {} for program in (old, new))
-            known = old_environment or new_environment
+            known = new_environment or old_environment  # so the gateways know it, where its host was renamed
             change = "restart" if name in restarted else "leaving" if not new else "changed" if old else "added"
             entries.append(
                 {
