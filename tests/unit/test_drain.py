@@ -246,6 +246,24 @@ def test_a_rollout_lifts_its_flag_only_from_an_instance_that_is_ready(
     assert [path.name for path in (tmp_path / "drain").iterdir()] == ["b"]
 
 
+def test_an_operator_may_drain_what_a_rollout_is_about_to_let_in_again(
+    run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
+) -> None:
+    (flags := tmp_path / "drain").mkdir()
+    (flags / "a").write_text('{"owner": "rollout"}')
+    starting = guard(ready=False)
+
+    def drained_meanwhile() -> None:
+        (flags / "a").write_text('{"owner": "operator", "by": "alice@desk", "reason": "fan"}')
+        starting.ready = True
+
+    threading.Timer(0.3, drained_meanwhile).start()
+    result = run(starting.port, owner="rollout", by="bob@ci", state="serving", require_ready=5)
+    assert (result["flags"], result["not_ready"]) == ([], {})
+    assert result["kept"]["a"].startswith("drained by alice@desk")
+    assert (flags / "a").exists()
+
+
 def test_an_instance_that_the_agent_still_flags_does_not_serve_yet(
     run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
 ) -> None:

@@ -278,10 +278,14 @@ def serving(
     verdicts = {instance.id: gateway.may_lift(instance) for instance in instances}
     flagged = [instance for instance in instances if verdicts[instance.id] is True]
     not_ready = await_ready(flagged, require_ready, down) if require_ready and not check else {}
-    lifted = [instance for instance in flagged if instance.id not in not_ready]
-    if not check:
-        for instance in lifted:
-            gateway.lift(instance)
+    lifted = []
+    for instance in flagged:
+        # Asked again: an operator may have drained it meanwhile.
+        verdicts[instance.id] = gateway.may_lift(instance)
+        if verdicts[instance.id] is True and instance.id not in not_ready:
+            lifted.append(instance)
+            if not check:
+                gateway.lift(instance)
     kept = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)}
     return {"flags": [one.id for one in lifted], "kept": kept, "not_ready": not_ready}
 
