@@ -4,6 +4,7 @@ And the two places where nginx can be, of which one takes over from the other.
 """
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -89,7 +90,7 @@ class Host:
     def served(self, _):
         """The digest of what nginx serves."""
         conf = self.container / "nginx.conf" if (self.root / "running").exists() else self.conf
-        words = conf.read_text().split("digest ")
+        words = conf.read_text(errors="replace").split("digest ")
         return words[1].split(";")[0] if len(words) > 1 and not self.deaf.exists() else None
 
     def run(self, secrets, text="", check=False, **more):
@@ -247,6 +248,34 @@ def test_where_the_container_does_not_come_up_the_host_s_nginx_goes_on(host, tro
     assert result["failed"] and "keeps its old configuration" in result["msg"]
     assert (host.conf.read_text(), host.kept(), files(host) - {"built", "image"}) == before
     assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_a_disk_that_is_full_in_mid_switch_leaves_the_host_s_nginx_running(host, monkeypatch):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept(), files(host))
+
+    def refuse(path, text, *mode):
+        if text is not None and host.seen.read_text().endswith("disable --now --quiet nginx\n"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text, *mode)
+
+    write = nginx_config.write
+    monkeypatch.setattr(nginx_config, "write", refuse)
+    result = host.run({"key.pem": "good 1"}, container=CONTAINER)
+    assert result["failed"] and "keeps its old configuration. [Errno 28]" in result["msg"]
+    assert (host.conf.read_text(), host.kept(), files(host) - {"built", "image"}) == before
+    assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_what_somebody_wrote_in_another_encoding_is_shown_as_can_be_and_put_back_as_it_was(host):
+    before = "# 网关\r\n".encode("gbk")
+    host.conf.write_bytes(before)
+    host.deaf.touch()
+    result = host.run({}, _ansible_diff=True)
+    assert result["failed"] and host.conf.read_bytes() == before
+    (shown,) = (one["before"] for one in result["diff"] if one["before_header"] == str(host.conf))
+    assert shown.encode().decode().startswith("# \N{REPLACEMENT CHARACTER}")
+    assert host.run({}, container=CONTAINER, check=True)["changed"]
 
 
 def test_a_container_that_is_not_there_any_more_or_of_an_older_image_is_a_change(host):

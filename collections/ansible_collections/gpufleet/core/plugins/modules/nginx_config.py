@@ -255,14 +255,17 @@ class Gateway(Commands, ABC):
             time.sleep(0.05)
 
     def put_back(self, leaving: Gateway | None) -> None:
-        """Serve again what was found."""
-        for path, text in self.found.items():
-            write(path, text)
-        if leaving:
-            self.stop()
-            leaving.load()
-        else:
-            self.load()
+        """Serve again what was found; a disk that is full may refuse its files, and nginx runs all the same."""
+        try:
+            for path, text in self.found.items():
+                if read(path) != text:
+                    write(path, text)
+        finally:
+            if leaving:
+                self.stop()
+                leaving.load()
+            else:
+                self.load()
         self.keep_secrets(self.found_secrets)
 
     def forget(self) -> None:
@@ -415,13 +418,13 @@ def be_present(module: AnsibleModule) -> dict[str, Any]:
         elif changed:
             try:
                 gateway.switch(leaving)
-            except Refused as refusal:
+            except (Refused, OSError) as refusal:
                 try:
                     gateway.put_back(leaving)
-                except Refused as second:
+                except (Refused, OSError) as second:
                     raise Refused(f"{refusal}\nPutting the old files back failed too: {second}") from second
                 raise
-    except Refused as refusal:
+    except (Refused, OSError) as refusal:
         module.fail_json(msg=f"The gateway keeps its old configuration. {refusal}", **{**result, "changed": False})
     return result
 
@@ -435,7 +438,7 @@ def be_absent(module: AnsibleModule) -> dict[str, Any]:
         for gateway in [] if module.check_mode else leaving:
             gateway.stop()
             gateway.forget()
-    except Refused as refusal:
+    except (Refused, OSError) as refusal:
         module.fail_json(msg=f"It is still a gateway. {refusal}", **result)
     return result
 
