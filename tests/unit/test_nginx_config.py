@@ -63,7 +63,7 @@ class Host:
         self.conf.parent.mkdir()
         self.conf.write_text("as the distribution has it")
         self.root, self.container = root, root / "container"
-        self.deaf = root / "deaf"
+        self.deaf, self.leaving, self.has_old_workers = root / "deaf", root / "run/leaving.conf", False
         self.seen, self.served_so_far = root / "seen", root / "served"
         bin_folder = root / "bin"
         bin_folder.mkdir()
@@ -85,6 +85,7 @@ class Host:
         monkeypatch.setattr(nginx_config, "CONTAINER", self.container)
         monkeypatch.setattr(nginx_config, "LOGROTATE", root / "logrotate.conf")
         monkeypatch.setattr(nginx_config, "served_digest", self.served)
+        monkeypatch.setattr(nginx_config, "has_old_workers", lambda: self.has_old_workers)
         self._capsys = capsys
 
     def served(self, _):
@@ -95,7 +96,8 @@ class Host:
 
     def run(self, secrets, text="", check=False, **more):
         """Run the module; return its result, as it prints it too."""
-        arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets, "control_socket": "/x"}
+        arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets}
+        arguments["control_socket"] = str(self.leaving.with_name("control.sock"))
         arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check, **more}
         if not secrets:
             arguments["configuration"] = arguments["configuration"].replace("key @SECRETS@/key.pem; ", "")
@@ -160,15 +162,38 @@ def test_what_somebody_did_to_a_secret_is_undone(host):
     assert [text for text, _ in host.kept().values()] == ["good 1"]
 
 
-def test_an_inner_server_that_leaves_sends_everybody_away_before_it_goes(host, monkeypatch):
-    monkeypatch.setattr(nginx_config, "HANDOVER_SECONDS", 0)
-    stays, leaves = (f"\n    listen unix:/run/{name}.sock;" for name in ("stays", "leaves"))
-    host.run({}, f"{stays}{leaves}\n}}\n")
-    assert host.run({}, f"{stays}\n}}\n")["changed"]
-    _, first, last, _ = host.served_so_far.read_text().split("<end>\n")
-    assert "listen unix:/run/leaves.sock;\n        return 429;" in first
-    assert "leaves" not in last and last == host.conf.read_text()
-    assert not host.run({}, f"{stays}\n}}\n")["changed"]
+def inner_servers(*names):
+    return "".join(f"\n    listen unix:/run/{name}.sock;" for name in names)
+
+
+def answering(host):
+    """Sockets on which somebody is sent away."""
+    text = host.leaving.read_text() if host.leaving.exists() else ""
+    return {line.split("/run/")[1].split(".sock")[0] for line in text.splitlines() if "listen" in line}
+
+
+def test_an_inner_server_that_leaves_sends_everybody_away_while_old_workers_know_it(host):
+    host.run({}, inner_servers("a", "b", "c"))
+    assert not host.leaving.exists()
+    assert host.run({}, inner_servers("a", "b"))["changed"]
+    assert "listen unix:/run/c.sock;\n    return 429;" in host.leaving.read_text()
+    assert not host.run({}, inner_servers("a", "b"))["changed"]
+    assert host.served_so_far.read_text().count("<end>") == 2
+    host.has_old_workers = True
+    host.run({}, inner_servers("a"))
+    assert answering(host) == {"b", "c"}
+    host.run({}, inner_servers("a", "c"))
+    assert answering(host) == {"b"}
+    host.has_old_workers = False
+    host.run({}, inner_servers("a", "c", "d"))
+    assert not host.leaving.exists()
+
+
+def test_of_a_configuration_that_was_put_back_only_the_new_inner_servers_leave(host):
+    host.run({}, inner_servers("a", "b"))
+    host.deaf.touch()
+    assert host.run({}, inner_servers("a", "new"))["failed"]
+    assert answering(host) == {"new"}
 
 
 def test_a_secret_that_nginx_refuses_is_brought_nowhere(host):
@@ -207,7 +232,7 @@ def order(host, *words):
 
 
 def files(host):
-    found = {path for path in host.root.rglob("*") if path.is_file() and path.parent.name != "bin"}
+    found = {path for path in host.root.rglob("*") if path.is_file() and path.parent.name not in ("bin", "run")}
     return {path.name for path in found - {host.seen, host.served_so_far}}
 
 
