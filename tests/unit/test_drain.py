@@ -347,6 +347,23 @@ def test_a_new_gateway_takes_the_drains_of_another_one_over_as_they_are(
     assert audit(tmp_path)[-1]["what"] == "take the drain over"
 
 
+def test_a_gateway_notes_with_whom_it_is_in_agreement(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    assert run(state="forgotten")["gateways"] is None
+    run(state="taken_over", gateways=["gw1"], check=True)
+    assert list(tmp_path.iterdir()) == []
+    assert not run(state="taken_over", gateways=["gw1", "gw2"])["changed"]
+    assert run(state="forgotten")["gateways"] == ["gw1", "gw2"]
+
+
+def test_an_operator_s_drain_on_another_gateway_goes_before_a_rollout_s(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run(None, None, owner="rollout")
+    drains = {"a": {"owner": "operator", "by": "alice@desk"}, "b": {"owner": "rollout"}}
+    assert run(state="taken_over", drains=drains)["flags"] == ["a"]
+    assert json.loads((tmp_path / "drain" / "a").read_text()) == drains["a"]
+
+
 def test_check_mode_says_what_would_be_and_touches_nothing(
     run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
 ) -> None:
