@@ -267,11 +267,11 @@ class Gateway(Commands, ABC):
     def put_back(self, leaving: Gateway | None) -> None:
         """Serve again what was found; a disk that is full may refuse its files, and nginx runs all the same."""
         try:
-            if not leaving:
-                self.keep_answering(self.text, self.found[self.configuration])
             for path, text in self.found.items():
                 if read(path) != text:
                     write(path, text)
+            if not leaving:
+                self.keep_answering(self.text, self.found[self.configuration])
         finally:
             if leaving:
                 self.stop()
