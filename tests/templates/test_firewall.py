@@ -1,6 +1,7 @@
 """The rendered firewall in a real kernel, in a network namespace; systemd alone is simulated."""
 
 import contextlib
+import errno
 import json
 import subprocess
 import sys
@@ -243,6 +244,20 @@ def test_rules_that_do_not_come_into_force_are_taken_back(host):
     assert host.apply(rules.replace("@RULES_DIGEST@", "something else"))["failed"]
     assert host.nft("list", "ruleset") == before
     assert not host.apply(rules)["changed"]
+
+
+def test_a_disk_that_is_full_leaves_the_rules_in_force(host, monkeypatch):
+    host.apply(rendered("firewall.nft.j2", fleet()))
+    before = host.nft("list", "ruleset"), host.rules.read_text()
+
+    def refuse(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(firewall, "write", refuse)
+    refused = host.apply(rendered("firewall.nft.j2", fleet(gateways=(GATEWAY,))))
+    assert refused["msg"].startswith("The firewall is as it was. [Errno 28] No space left on device")
+    assert "failed too" not in refused["msg"]
+    assert (host.nft("list", "ruleset"), host.rules.read_text()) == before
 
 
 def test_a_container_without_the_right_to_is_told_what_to_do(host, monkeypatch):

@@ -7,7 +7,7 @@ import time
 
 import httpx
 import pytest
-from ansible_collections.gpufleet.core.plugins.modules.nginx_config import HANDOVER_SECONDS, handover
+from ansible_collections.gpufleet.core.plugins.modules.nginx_config import has_old_workers, leaving_servers
 
 from tests.templates.conftest import KEYS, PORT, ROUTE, TLS, article_fleet, running
 
@@ -86,6 +86,11 @@ def test_a_reload_admits_nothing_more(gateway, workers):
 
 
 def test_a_host_that_leaves_costs_nobody_his_request(gateway):
+    async def slow_body():
+        for _ in range(12):
+            yield b" "
+            await asyncio.sleep(0.25)
+
     async def scenario():
         async with running(gateway, article_fleet()) as cluster:
             before, over, seen = gateway.configuration.read_text(), asyncio.Event(), []
@@ -97,17 +102,21 @@ def test_a_host_that_leaves_costs_nobody_his_request(gateway):
             for gpu in cluster.gpus.values():
                 gpu.seconds = 0.02
             clients = [asyncio.create_task(client(number)) for number in range(8)]
+            uploads = [cluster.post(client=f"127.0.0.{20 + number}", content=slow_body()) for number in range(6)]
+            uploading = asyncio.gather(*uploads)
             await asyncio.sleep(0.5)
             gateway.write(article_fleet(hosts=2))
-            after = gateway.configuration.read_text()
-            for text in (handover(before, after), after):
-                gateway.configuration.write_text(text)
-                gateway.reload()
-                await asyncio.sleep(HANDOVER_SECONDS)
+            leaving = gateway.folder / "run/gpufleet-gateway/leaving.conf"
+            leaving.write_text(leaving_servers(before, gateway.configuration.read_text()))
+            assert gateway.command("-t").stderr.count("[warn]") == 0
+            gateway.reload()
+            await asyncio.sleep(1)
             over.set()
             await asyncio.gather(*clients)
-            assert text == after != handover(before, after)
             assert statuses(seen) == {200: len(seen)}
+            assert has_old_workers()
+            # Each of them chooses its GPU only now, among those that its old worker knows.
+            assert statuses(await uploading) == {200: 6}
 
     asyncio.run(scenario())
 

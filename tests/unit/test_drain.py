@@ -246,6 +246,24 @@ def test_a_rollout_lifts_its_flag_only_from_an_instance_that_is_ready(
     assert [path.name for path in (tmp_path / "drain").iterdir()] == ["b"]
 
 
+def test_an_operator_may_drain_what_a_rollout_is_about_to_let_in_again(
+    run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
+) -> None:
+    (flags := tmp_path / "drain").mkdir()
+    (flags / "a").write_text('{"owner": "rollout"}')
+    starting = guard(ready=False)
+
+    def drained_meanwhile() -> None:
+        (flags / "a").write_text('{"owner": "operator", "by": "alice@desk", "reason": "fan"}')
+        starting.ready = True
+
+    threading.Timer(0.3, drained_meanwhile).start()
+    result = run(starting.port, owner="rollout", by="bob@ci", state="serving", require_ready=5)
+    assert (result["flags"], result["not_ready"]) == ([], {})
+    assert result["kept"]["a"].startswith("drained by alice@desk")
+    assert (flags / "a").exists()
+
+
 def test_an_instance_that_the_agent_still_flags_does_not_serve_yet(
     run: Callable[..., dict[str, Any]], guard: Callable[..., Guard], tmp_path: Path
 ) -> None:
@@ -327,6 +345,23 @@ def test_a_new_gateway_takes_the_drains_of_another_one_over_as_they_are(
     flags = {flag.name: json.loads(flag.read_text()) for flag in (tmp_path / "drain").iterdir()}
     assert (flags["a"]["reason"], flags["b"]) == ("noise", drains["b"])
     assert audit(tmp_path)[-1]["what"] == "take the drain over"
+
+
+def test_a_gateway_notes_with_whom_it_is_in_agreement(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    assert run(state="forgotten")["gateways"] is None
+    run(state="taken_over", gateways=["gw1"], check=True)
+    assert list(tmp_path.iterdir()) == []
+    assert not run(state="taken_over", gateways=["gw1", "gw2"])["changed"]
+    assert run(state="forgotten")["gateways"] == ["gw1", "gw2"]
+
+
+def test_an_operator_s_drain_on_another_gateway_goes_before_a_rollout_s(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run(None, None, owner="rollout")
+    drains = {"a": {"owner": "operator", "by": "alice@desk"}, "b": {"owner": "rollout"}}
+    assert run(state="taken_over", drains=drains)["flags"] == ["a"]
+    assert json.loads((tmp_path / "drain" / "a").read_text()) == drains["a"]
 
 
 def test_check_mode_says_what_would_be_and_touches_nothing(

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.gpufleet.core.plugins.module_utils.fleet import derive
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import unsupported_environment
+from ansible_collections.gpufleet.core.plugins.modules import drain, rollout_lock
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +40,21 @@ def fleet_of(hosts, services=None, groups=None, gateway=None, **settings):
 
 def endpoints(fleet):
     return [(instance["host"], instance["device"], instance["port"]) for instance in fleet["instances"]]
+
+
+@pytest.mark.parametrize("module", [drain, rollout_lock])
+def test_modules_keep_their_state_where_the_fleet_says(module):
+    options = yaml.safe_load(module.DOCUMENTATION)["options"]
+    assert options["directory"]["default"] == fleet_of({"gpu01": {"gpu_count": 1}})["state_directory"]
+
+
+def test_a_drain_takes_as_long_as_a_request_of_any_service_may():
+    services = {
+        "tts": service(time_limit_seconds=60),
+        "asr": service(route="/asr/", time_limit_seconds=600, base_port=13321),
+    }
+    assert fleet_of({"gpu01": {"gpu_count": 1}}, services)["drain_seconds"] == 615
+    assert fleet_of({"gpu01": {"gpu_count": 1}}, {})["drain_seconds"] == 15
 
 
 def test_the_articles_cluster():

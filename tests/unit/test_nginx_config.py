@@ -4,6 +4,7 @@ And the two places where nginx can be, of which one takes over from the other.
 """
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -62,7 +63,7 @@ class Host:
         self.conf.parent.mkdir()
         self.conf.write_text("as the distribution has it")
         self.root, self.container = root, root / "container"
-        self.deaf = root / "deaf"
+        self.deaf, self.leaving, self.has_old_workers = root / "deaf", root / "run/leaving.conf", False
         self.seen, self.served_so_far = root / "seen", root / "served"
         bin_folder = root / "bin"
         bin_folder.mkdir()
@@ -84,17 +85,19 @@ class Host:
         monkeypatch.setattr(nginx_config, "CONTAINER", self.container)
         monkeypatch.setattr(nginx_config, "LOGROTATE", root / "logrotate.conf")
         monkeypatch.setattr(nginx_config, "served_digest", self.served)
+        monkeypatch.setattr(nginx_config, "has_old_workers", lambda: self.has_old_workers)
         self._capsys = capsys
 
     def served(self, _):
         """The digest of what nginx serves."""
         conf = self.container / "nginx.conf" if (self.root / "running").exists() else self.conf
-        words = conf.read_text().split("digest ")
+        words = conf.read_text(errors="replace").split("digest ")
         return words[1].split(";")[0] if len(words) > 1 and not self.deaf.exists() else None
 
     def run(self, secrets, text="", check=False, **more):
         """Run the module; return its result, as it prints it too."""
-        arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets, "control_socket": "/x"}
+        arguments = {"configuration": CONFIGURATION.format(text), "secrets": secrets}
+        arguments["control_socket"] = str(self.leaving.with_name("control.sock"))
         arguments |= {"tmpfiles": "t", "unit_override": "u", "timeout": 0, "_ansible_check_mode": check, **more}
         if not secrets:
             arguments["configuration"] = arguments["configuration"].replace("key @SECRETS@/key.pem; ", "")
@@ -159,15 +162,38 @@ def test_what_somebody_did_to_a_secret_is_undone(host):
     assert [text for text, _ in host.kept().values()] == ["good 1"]
 
 
-def test_an_inner_server_that_leaves_sends_everybody_away_before_it_goes(host, monkeypatch):
-    monkeypatch.setattr(nginx_config, "HANDOVER_SECONDS", 0)
-    stays, leaves = (f"\n    listen unix:/run/{name}.sock;" for name in ("stays", "leaves"))
-    host.run({}, f"{stays}{leaves}\n}}\n")
-    assert host.run({}, f"{stays}\n}}\n")["changed"]
-    _, first, last, _ = host.served_so_far.read_text().split("<end>\n")
-    assert "listen unix:/run/leaves.sock;\n        return 429;" in first
-    assert "leaves" not in last and last == host.conf.read_text()
-    assert not host.run({}, f"{stays}\n}}\n")["changed"]
+def inner_servers(*names):
+    return "".join(f"\n    listen unix:/run/{name}.sock;" for name in names)
+
+
+def answering(host):
+    """Sockets on which somebody is sent away."""
+    text = host.leaving.read_text() if host.leaving.exists() else ""
+    return {line.split("/run/")[1].split(".sock")[0] for line in text.splitlines() if "listen" in line}
+
+
+def test_an_inner_server_that_leaves_sends_everybody_away_while_old_workers_know_it(host):
+    host.run({}, inner_servers("a", "b", "c"))
+    assert not host.leaving.exists()
+    assert host.run({}, inner_servers("a", "b"))["changed"]
+    assert "listen unix:/run/c.sock;\n    return 429;" in host.leaving.read_text()
+    assert not host.run({}, inner_servers("a", "b"))["changed"]
+    assert host.served_so_far.read_text().count("<end>") == 2
+    host.has_old_workers = True
+    host.run({}, inner_servers("a"))
+    assert answering(host) == {"b", "c"}
+    host.run({}, inner_servers("a", "c"))
+    assert answering(host) == {"b"}
+    host.has_old_workers = False
+    host.run({}, inner_servers("a", "c", "d"))
+    assert not host.leaving.exists()
+
+
+def test_of_a_configuration_that_was_put_back_only_the_new_inner_servers_leave(host):
+    host.run({}, inner_servers("a", "b"))
+    host.deaf.touch()
+    assert host.run({}, inner_servers("a", "new"))["failed"]
+    assert answering(host) == {"new"}
 
 
 def test_a_secret_that_nginx_refuses_is_brought_nowhere(host):
@@ -206,7 +232,7 @@ def order(host, *words):
 
 
 def files(host):
-    found = {path for path in host.root.rglob("*") if path.is_file() and path.parent.name != "bin"}
+    found = {path for path in host.root.rglob("*") if path.is_file() and path.parent.name not in ("bin", "run")}
     return {path.name for path in found - {host.seen, host.served_so_far}}
 
 
@@ -247,6 +273,34 @@ def test_where_the_container_does_not_come_up_the_host_s_nginx_goes_on(host, tro
     assert result["failed"] and "keeps its old configuration" in result["msg"]
     assert (host.conf.read_text(), host.kept(), files(host) - {"built", "image"}) == before
     assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_a_disk_that_is_full_in_mid_switch_leaves_the_host_s_nginx_running(host, monkeypatch):
+    host.run({"key.pem": "good 1"})
+    before = (host.conf.read_text(), host.kept(), files(host))
+
+    def refuse(path, text, *mode):
+        if text is not None and host.seen.read_text().endswith("disable --now --quiet nginx\n"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text, *mode)
+
+    write = nginx_config.write
+    monkeypatch.setattr(nginx_config, "write", refuse)
+    result = host.run({"key.pem": "good 1"}, container=CONTAINER)
+    assert result["failed"] and "keeps its old configuration. [Errno 28]" in result["msg"]
+    assert (host.conf.read_text(), host.kept(), files(host) - {"built", "image"}) == before
+    assert host.seen.read_text().splitlines()[-1] == "reload-or-restart nginx"
+
+
+def test_what_somebody_wrote_in_another_encoding_is_shown_as_can_be_and_put_back_as_it_was(host):
+    before = "# 网关\r\n".encode("gbk")
+    host.conf.write_bytes(before)
+    host.deaf.touch()
+    result = host.run({}, _ansible_diff=True)
+    assert result["failed"] and host.conf.read_bytes() == before
+    (shown,) = (one["before"] for one in result["diff"] if one["before_header"] == str(host.conf))
+    assert shown.encode().decode().startswith("# \N{REPLACEMENT CHARACTER}")
+    assert host.run({}, container=CONTAINER, check=True)["changed"]
 
 
 def test_a_container_that_is_not_there_any_more_or_of_an_older_image_is_a_change(host):

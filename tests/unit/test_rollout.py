@@ -15,6 +15,7 @@ from ansible_collections.gpufleet.core.plugins.action.rollout_progress import re
 from ansible_collections.gpufleet.core.plugins.filter.rollout import (
     batches,
     changes,
+    gateway_drains,
     outcomes,
     programs_on_release,
     release_before,
@@ -373,3 +374,39 @@ def test_an_agent_that_does_not_answer_is_a_fault(fleet: dict[str, Any]) -> None
         document = status_document(fleet, [silent], [], [{}])
         assert not document["ok"]
         assert status_lines(document)[0].startswith("the agent does not tell the state of the cluster")
+
+
+OPERATORS, HANDMADE, ROLLOUTS = {"owner": "operator", "by": "alice@desk"}, {}, {"owner": "rollout"}
+
+
+def told(drains: dict[str, Any], gateways: list[str] | None = None) -> dict[str, Any]:
+    return {"drains": drains, "gateways": gateways}
+
+
+@pytest.mark.parametrize("gateways", [None, ["gw1", "gw2"]])
+def test_gateways_take_over_what_operators_drained_and_not_what_a_rollout_left(gateways: list[str] | None) -> None:
+    """At their first runs too, and at the first one that notes whose they are."""
+    first, second = {"a": OPERATORS, "b": ROLLOUTS}, {"b": OPERATORS, "c": ROLLOUTS, "d": HANDMADE}
+    both = {"gw1": told(first, gateways), "gw2": told(second, gateways)}
+    everywhere = {"a": OPERATORS, "b": OPERATORS, "d": HANDMADE}
+    assert gateway_drains(both, "gw1") == everywhere
+    assert gateway_drains(both, "gw2") == {**everywhere, "c": ROLLOUTS}
+
+
+def test_a_gateway_that_comes_back_has_what_those_have_that_stayed() -> None:
+    stayed = told({"a": ROLLOUTS, "b": OPERATORS}, ["gw1"])
+    stale = told({"b": ROLLOUTS, "c": OPERATORS}, ["gw1", "gw2"])
+    for gateway in ("gw1", "gw2"):
+        assert gateway_drains({"gw1": stayed, "gw2": stale}, gateway) == stayed["drains"]
+
+
+def test_a_new_gateway_keeps_away_from_what_failed_in_a_rollout() -> None:
+    two = ["gw1", "gw2"]
+    gateways = {"gw1": told({"a": ROLLOUTS}, two), "gw2": told({"a": ROLLOUTS}, two), "gw3": told({})}
+    assert gateway_drains(gateways, "gw3") == {"a": ROLLOUTS}
+
+
+def test_where_each_gateway_was_without_the_other_no_drain_is_lost() -> None:
+    gateways = {"gw1": told({"a": OPERATORS}, ["gw1"]), "gw2": told({"b": OPERATORS}, ["gw2"])}
+    assert gateway_drains(gateways, "gw1") == {"a": OPERATORS, "b": OPERATORS}
+    assert gateway_drains({"renamed": gateways["gw1"]}, "renamed") == {"a": OPERATORS}

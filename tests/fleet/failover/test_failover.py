@@ -133,8 +133,9 @@ def test_a_gateway_leaves_and_comes_back(
     on: Callable[[str], Host],
     pages: dict[str, Page],
 ) -> None:
-    """Neither replaces a program; what was drained meanwhile is so at the one that comes back."""
+    """Neither replaces a program; what is drained at the one that comes back is what was meanwhile, and no more."""
     before = pids()
+    stale: str = next(one["id"] for one in fleet["instances"] if one["id"] != member)
     (other,) = set(pages) - {active}
     with SteadyLoad(
         url("audio-generate", service=service["name"]), client_addresses[:2], {"text": "换"}, patience=PATIENCE
@@ -145,9 +146,12 @@ def test_a_gateway_leaves_and_comes_back(
             del groups["gateways"]["hosts"][active]
         operator.play("site")
         assert not pages[active].answers(seconds=1)
+        assert on(active).check_output("ls /var/lib/gpufleet-gateway/drain") == ""
+        on(active).check_output("touch /var/lib/gpufleet-gateway/drain/%s", stale)  # as one has that died
         operator.play("drain", target=member)
         inventory.restore()
         operator.play("site")
         pages[active].wait_for("drained", member, seconds=20)
+        pages[active].wait_for("ready", stale, seconds=20)
     assert pids() == before
     assert {200} <= {answer.status for answer in load.answers} <= {200, None}

@@ -203,6 +203,25 @@ def release_before(records: Mapping[str, Entry], links: Iterable[Entry], service
     return next(one for one in next(iter(older.values())) if one in shared)
 
 
+def gateway_drains(told: Mapping[str, Mapping[str, Any]], gateway: str) -> dict[str, Entry]:
+    """Return what shall be drained on a gateway: by instance what the flag says.
+
+    That is what operators drained on any of them, and what rollouts did on this one: one that was cut off may have left
+    its flag on a single gateway, and lifts it nowhere else. A gateway that the others did not have at their last run
+    missed what was undrained since: it only takes what they have, of rollouts too.
+
+    :param told: by gateway the result of the module drain that forgets what left the fleet.
+    """
+    had = [one for one in told if all(one in (other["gateways"] or [one]) for other in told.values())] or list(told)
+    flags = [
+        (name, record)
+        for one in had
+        for name, record in told[one]["drains"].items()
+        if record.get("owner") != "rollout" or one == gateway or gateway not in had
+    ]
+    return dict(sorted(flags, key=lambda flag: flag[1].get("owner") != "rollout"))  # an operator's is the last word
+
+
 def programs_on_release(text: str, releases: str, version: str) -> str:
     """Return a file of programs in which those that run from a release below ``releases`` run from ``version``."""
     programs = parse_programs(text, "gpufleet-")
@@ -226,6 +245,7 @@ class FilterModule:
             "fleet_changes": changes,
             "fleet_target": target,
             "fleet_removable": removable,
+            "gateway_drains": gateway_drains,
             "programs_on_release": programs_on_release,
             "release_before": release_before,
             "rollout_batches": batches,

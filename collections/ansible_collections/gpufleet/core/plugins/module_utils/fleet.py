@@ -19,9 +19,10 @@ from ansible_collections.gpufleet.core.plugins.module_utils.faults import HIDDEN
 from ansible_collections.gpufleet.core.plugins.module_utils.supervisor_config import unsupported_environment
 
 RUN_DIRECTORY = "/run/gpufleet-gateway"  # the unix sockets of the gateway's inner servers
-DRAIN_DIRECTORY = "/var/lib/gpufleet-gateway/drain"  # a file named after an instance keeps new requests away from it
+STATE_DIRECTORY = "/var/lib/gpufleet-gateway"  # what a gateway keeps besides nginx: flags, the lock, the audit log
+DRAIN_DIRECTORY = f"{STATE_DIRECTORY}/drain"  # a file named after an instance keeps new requests away from it
 DOWN_DIRECTORY = "/run/gpufleet-agent/down"  # likewise, but raised and cleared by the gateway's agent
-ACME_DIRECTORY = "/var/lib/gpufleet-gateway/acme"  # answers to a certificate authority, and links to what it issued
+ACME_DIRECTORY = f"{STATE_DIRECTORY}/acme"  # answers to a certificate authority, and links to what it issued
 AGENT_SOCKET = "/run/gpufleet-agent/http.sock"  # where the agent tells the state of the cluster
 PAGE_DIRECTORY = "/opt/gpufleet/fleet-agent/current/page"  # of the agent's release: the page that shows it
 #: TCP ports of what monitoring brings, the programs' own defaults; `nginx_status` is what the exporter of nginx asks.
@@ -36,6 +37,7 @@ MONITORING_PORTS = {
 }
 SOCKET_PATH_MAX = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
 DEFAULT_PORT = 9999
+DRAIN_MARGIN = 15  # seconds beyond its time limit in which a request has certainly left a GPU
 REQUIRED = object()
 
 #: Every field of a service and its default. A field that is not here is a typing error and refused.
@@ -118,7 +120,8 @@ def derive(
     :returns: ``instances`` (one per service and GPU, sorted by service, host and GPU), ``services``, ``hosts`` and
         ``gateways`` with their capacities in concurrent requests, ``monitoring``, how clients come in (``url``,
         ``vip`` or None, ``ports``, ``tls`` or None, ``api_keys``), the gateways' ``container`` or None, where ``nginx``
-        has its files, and ``faults``. With faults the rest is a best effort that must not be rolled out.
+        has its files, ``drain_seconds`` after which nothing is left of any request on a GPU that gets no new ones, and
+        ``faults``. With faults the rest is a best effort that must not be rolled out.
     """
     faults = Faults()
     gateways = _known_by_ip(groups, hostvars, gateway_group, GATEWAY_BY_IP, faults)
@@ -193,12 +196,14 @@ def derive(
         "nginx": entrance.NATIVE_NGINX if container is None else entrance.CONTAINER_NGINX,
         "zones": entrance.zones(api_keys),
         "run_directory": RUN_DIRECTORY,
+        "state_directory": STATE_DIRECTORY,
         "drain_directory": DRAIN_DIRECTORY,
         "down_directory": DOWN_DIRECTORY,
         "agent_socket": AGENT_SOCKET,
         "page_directory": PAGE_DIRECTORY,
         "acme_directory": ACME_DIRECTORY,
         "capacity": sum(instance["slots"] for instance in instances),
+        "drain_seconds": max((one["time_limit_seconds"] for one in known_services.values()), default=0) + DRAIN_MARGIN,
         "faults": faults.lines,
     }
 

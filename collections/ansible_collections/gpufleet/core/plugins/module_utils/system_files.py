@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 Texts = Mapping[Path, Optional[str]]
-"""Texts of files by path; None where there is none."""
+"""Texts of files by path; None where there is none. A byte that is no UTF-8 is a surrogate, and written as it was."""
 
 
 SECRET_MODE = 0o600
@@ -39,7 +39,7 @@ class Commands:
 def read(path: Path) -> str | None:
     """Return the text of a file, or None where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return None
 
@@ -55,8 +55,8 @@ def write(path: Path, text: str | None, mode: int = 0o644) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     descriptor, candidate = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
@@ -67,10 +67,10 @@ def write(path: Path, text: str | None, mode: int = 0o644) -> None:
 
 
 def differences(found: Texts, wanted: Texts) -> list[dict[str, Any]]:
-    """Return what differs as Ansible shows it: one diff per file."""
+    """Return what differs as Ansible shows it: one diff per file, of what can be shown."""
     return [
         {
-            "before": found[path] or "",
+            "before": (found[path] or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
             "after": text or "",
             "before_header": str(path),
             "after_header": str(path),

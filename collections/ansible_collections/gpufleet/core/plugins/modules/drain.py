@@ -31,7 +31,8 @@ description:
     slot go to other instances.
   - A flag says who raised it. A rollout neither takes over nor lifts the flag of an operator.
   - Forgets the drains of what left the fleet, so that it serves again should it come back.
-  - Takes the drains of another gateway over, so that a new one keeps away from what is drained there.
+  - Takes the drains of another gateway over, so that a new one keeps away from what is drained there, and notes which
+    gateways the fleet had then.
 options:
   instances:
     description:
@@ -44,7 +45,7 @@ options:
     description:
       - V(drained) raises the flags and waits, V(serving) lifts them.
       - V(forgotten) lifts all but those of O(instances), whoever raised them.
-      - V(taken_over) raises those of O(drains), on behalf of who raised them there.
+      - V(taken_over) raises those of O(drains), on behalf of who raised them there, and notes O(gateways).
     type: str
     choices: [drained, serving, forgotten, taken_over]
     required: true
@@ -52,6 +53,10 @@ options:
     description: With O(state=taken_over), what RV(drains) is on another gateway.
     type: dict
     default: {}
+  gateways:
+    description: With O(state=taken_over), the gateways of this run, which RV(gateways) of the next one tells.
+    type: list
+    elements: str
   owner:
     description:
       - V(operator) may lift every flag, V(rollout) only those of rollouts.
@@ -116,6 +121,11 @@ drains:
   description: By id of each instance whose flag is raised now, what its flag says.
   returned: O(state=forgotten)
   type: dict
+gateways:
+  description: The gateways of the last run here; none where there was no run yet.
+  returned: O(state=forgotten)
+  type: list
+  elements: str
 silent:
   description: By id of an instance that was taken for drained because nothing answers there, why.
   returned: always
@@ -138,6 +148,7 @@ seconds:
   type: float
 """
 
+GATEWAYS = "gateways.json"  # which the fleet had when this one last had the drains of all
 POLL_SECONDS = 0.2
 #: A request that nginx let in just before the flag was raised has reached its instance by then.
 SETTLE_SECONDS = 0.5
@@ -162,10 +173,10 @@ class Gateway:
         """Return where the flag of an instance is."""
         return self.directory / "drain" / instance.id
 
-    def needs_flag(self, instance: Instance) -> bool:
+    def needs_flag(self, instance: Instance, owner: str | None = None) -> bool:
         """Tell whether there is no flag, or one that an operator takes over from a rollout."""
         found = read_record(self.flag(instance))
-        return found is None or (self.owner == "operator" and found.get("owner") == "rollout")
+        return found is None or ((owner or self.owner) != "rollout" and found.get("owner") == "rollout")
 
     def raise_flag(self, instance: Instance) -> None:
         """Raise the flag of an instance; nginx looks for it at every request."""
@@ -278,10 +289,14 @@ def serving(
     verdicts = {instance.id: gateway.may_lift(instance) for instance in instances}
     flagged = [instance for instance in instances if verdicts[instance.id] is True]
     not_ready = await_ready(flagged, require_ready, down) if require_ready and not check else {}
-    lifted = [instance for instance in flagged if instance.id not in not_ready]
-    if not check:
-        for instance in lifted:
-            gateway.lift(instance)
+    lifted = []
+    for instance in flagged:
+        # Asked again: an operator may have drained it meanwhile.
+        verdicts[instance.id] = gateway.may_lift(instance)
+        if verdicts[instance.id] is True and instance.id not in not_ready:
+            lifted.append(instance)
+            if not check:
+                gateway.lift(instance)
     kept = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, str)}
     return {"flags": [one.id for one in lifted], "kept": kept, "not_ready": not_ready}
 
@@ -296,15 +311,24 @@ def forgotten(gateway: Gateway, instances: list[Instance], check: bool) -> dict[
             gateway.lift(Instance(name))
     stay = (instance for instance in instances if instance.id not in left)
     drains = {instance.id: record for instance in stay if (record := read_record(gateway.flag(instance))) is not None}
-    return {"flags": left, "drains": drains}
+    gateways = (read_record(gateway.directory / GATEWAYS) or {}).get("gateways")
+    return {"flags": left, "drains": drains, "gateways": gateways}
 
 
-def taken_over(gateway: Gateway, drains: Mapping[str, Record], check: bool) -> dict[str, Any]:
+def taken_over(
+    gateway: Gateway, drains: Mapping[str, Record], gateways: list[str] | None, check: bool
+) -> dict[str, Any]:
     """Raise flags as they are on another gateway, where there are none; return the module's result."""
-    missing = {name: record for name, record in drains.items() if not gateway.flag(Instance(name)).exists()}
+    missing = {
+        name: record
+        for name, record in drains.items()
+        if gateway.needs_flag(Instance(name), record.get("owner", "operator"))
+    }
     if not check:
         for name, record in missing.items():
-            write_record(gateway.flag(Instance(name)), dict(record), replace=False)
+            write_record(gateway.flag(Instance(name)), dict(record), replace=record.get("owner") != "rollout")
+        if gateways is not None:  # last: only now this one has what those have
+            write_record(gateway.directory / GATEWAYS, {"gateways": gateways})
     return {"flags": sorted(missing)}
 
 
@@ -355,7 +379,7 @@ def run(parameters: Mapping[str, Any], check: bool, warn: Callable[[str], None])
     elif parameters["state"] == "forgotten":
         result = forgotten(gateway, instances, check)
     elif parameters["state"] == "taken_over":
-        result = taken_over(gateway, parameters["drains"], check)
+        result = taken_over(gateway, parameters["drains"], parameters["gateways"], check)
     else:
         down = Path(parameters["down_directory"]) if parameters["down_directory"] else None
         result = serving(gateway, instances, parameters["require_ready"], down, check)
@@ -390,6 +414,7 @@ def main() -> None:
             "instances": {"type": "list", "elements": "dict", "required": True},
             "state": {"type": "str", "choices": list(AUDIT), "required": True},
             "drains": {"type": "dict", "default": {}},
+            "gateways": {"type": "list", "elements": "str"},
             "owner": {"type": "str", "choices": ["operator", "rollout"], "default": "operator"},
             "by": {"type": "str"},
             "reason": {"type": "str", "default": ""},

@@ -105,10 +105,10 @@ class Firewall(Commands):
             self.bring(self.wanted)
             if not self.holds():
                 raise Refused(f"what {RULES} says was loaded and is not in force")
-        except Refused as refusal:
+        except (Refused, OSError) as refusal:
             try:
                 self.bring(self.found)
-            except Refused as second:
+            except (Refused, OSError) as second:
                 raise Refused(f"{refusal}\nPutting back what was there failed too: {second}") from second
             raise
 
@@ -117,7 +117,8 @@ class Firewall(Commands):
         if texts[UNIT] is None and read(UNIT) is not None:
             self.command("systemctl", "disable", "--now", "--quiet", UNIT.name)
         for path, text in texts.items():
-            write(path, text)
+            if read(path) != text:  # a disk that is full refuses even what it has
+                write(path, text)
         self.command("systemctl", "daemon-reload")
         if texts[UNIT] is not None:
             self.command("systemctl", "enable", "--quiet", UNIT.name)
@@ -142,7 +143,7 @@ def main() -> None:
                 firewall.validate()
         elif result["changed"]:
             firewall.switch()
-    except Refused as refusal:
+    except (Refused, OSError) as refusal:
         module.fail_json(msg=f"The firewall is as it was. {refusal}\n{REMEDY}.", **{**result, "changed": False})
     module.exit_json(**result)
 

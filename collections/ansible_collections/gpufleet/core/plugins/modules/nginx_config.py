@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ description:
     was made by this module is stopped and removed, once the other is ready to take its place.
   - C(nginx -s reload) says nothing when the new configuration cannot be applied, for instance because a port is taken;
     so the configuration itself tells its digest on a control socket, and only that counts as proof.
-  - Where inner servers leave, it reloads twice, so that no request finds their sockets gone.
+  - An inner server that leaves says 429 on its socket for as long as old workers know it. These servers are in
+    F(leaving.conf) beside O(control_socket), which the configuration must include where it is there.
 options:
   state:
     description:
@@ -130,9 +132,6 @@ JUDGE = """\
 [ "$(id -g www-data)" = "$(stat -c %g "${1%/*}")" ] || { echo "its group www-data is not the host's" >&2; exit 1; }
 exec nginx -t -q -c "$0"
 """
-#: Served on the way from one configuration to the next, where inner servers leave.
-HANDOVER_DIGEST = "handover"
-HANDOVER_SECONDS = 1  # nginx tells its old workers to stop 0.1 s after the new ones have begun
 _INNER_SERVER = re.compile(r"^ *listen unix:(\S+);$", re.MULTILINE)
 
 
@@ -141,15 +140,23 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def handover(before: str, text: str) -> str:
-    """Return what is to be served first of all of a configuration: itself, and the inner servers that it has no more.
+def leaving_servers(before: str, text: str) -> str | None:
+    """Return servers for the sockets of inner servers that a configuration has no more, or None where all stay.
 
-    At a reload nginx unlinks the sockets that left before its old workers stop. A request that one of these takes
-    meanwhile would find no socket, and end as 502. So the servers stay for that time, and send everybody to others.
+    At a reload nginx unlinks the sockets that left, while its old workers go on with their requests: one may choose its
+    GPU long after, when a slow upload is complete. Without the socket it would end as 502; so it is sent to others.
     """
     left = sorted(set(_INNER_SERVER.findall(before)) - set(_INNER_SERVER.findall(text)))
-    servers = "".join(f"    server {{\n        listen unix:{socket};\n        return 429;\n    }}\n" for socket in left)
-    return f"{text.rstrip().removesuffix('}')}{servers}}}\n" if left else text
+    return "".join(f"server {{\n    listen unix:{socket};\n    return 429;\n}}\n" for socket in left) or None
+
+
+def has_old_workers() -> bool:
+    """Tell whether a worker of an earlier configuration still has requests, be it in a container."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if path.read_bytes().startswith(b"nginx: worker process is shutting down"):
+                return True
+    return False
 
 
 def served_digest(control_socket: str) -> str | None:
@@ -234,35 +241,43 @@ class Gateway(Commands, ABC):
         self.keep_secrets({**self.found_secrets, **self.secrets})
         if leaving:
             leaving.stop()
-        first = handover(self.found[self.configuration] or "", self.text)
-        if first != self.text and not leaving:
-            self.take_over(first.replace(self.digest, HANDOVER_DIGEST), HANDOVER_DIGEST)
-            time.sleep(HANDOVER_SECONDS)
-        self.take_over(self.text, self.digest)
+        self.keep_answering(self.found[self.configuration], self.text)
+        write(self.configuration, self.text)
+        self.take_over()
         self.settle()
         if leaving:
             leaving.forget()
 
-    def take_over(self, text: str, digest: str) -> None:
-        """Have nginx serve a configuration."""
-        write(self.configuration, text)
+    def keep_answering(self, before: str | None, text: str | None) -> None:
+        """Have an answer for old workers where one configuration replaces another, and for still older ones."""
+        path = Path(self.module.params["control_socket"]).with_name("leaving.conf")
+        older = read(path) if has_old_workers() else None
+        write(path, leaving_servers(f"{before or ''}\n{older or ''}", text or ""))
+
+    def take_over(self) -> None:
+        """Have nginx serve the configuration."""
         self.load()
         deadline = time.monotonic() + self.module.params["timeout"]
-        while self.served() != digest or not self.is_set_up():
+        while self.served() != self.digest or not self.is_set_up():
             if time.monotonic() > deadline:
                 log = self.module.run_command(["tail", "-n", "20", self.error_log])[1]
                 raise Refused(f"nginx did not take the new configuration over. The end of its error log:\n{log}")
             time.sleep(0.05)
 
     def put_back(self, leaving: Gateway | None) -> None:
-        """Serve again what was found."""
-        for path, text in self.found.items():
-            write(path, text)
-        if leaving:
-            self.stop()
-            leaving.load()
-        else:
-            self.load()
+        """Serve again what was found; a disk that is full may refuse its files, and nginx runs all the same."""
+        try:
+            for path, text in self.found.items():
+                if read(path) != text:
+                    write(path, text)
+            if not leaving:
+                self.keep_answering(self.text, self.found[self.configuration])
+        finally:
+            if leaving:
+                self.stop()
+                leaving.load()
+            else:
+                self.load()
         self.keep_secrets(self.found_secrets)
 
     def forget(self) -> None:
@@ -415,13 +430,13 @@ def be_present(module: AnsibleModule) -> dict[str, Any]:
         elif changed:
             try:
                 gateway.switch(leaving)
-            except Refused as refusal:
+            except (Refused, OSError) as refusal:
                 try:
                     gateway.put_back(leaving)
-                except Refused as second:
+                except (Refused, OSError) as second:
                     raise Refused(f"{refusal}\nPutting the old files back failed too: {second}") from second
                 raise
-    except Refused as refusal:
+    except (Refused, OSError) as refusal:
         module.fail_json(msg=f"The gateway keeps its old configuration. {refusal}", **{**result, "changed": False})
     return result
 
@@ -435,7 +450,7 @@ def be_absent(module: AnsibleModule) -> dict[str, Any]:
         for gateway in [] if module.check_mode else leaving:
             gateway.stop()
             gateway.forget()
-    except Refused as refusal:
+    except (Refused, OSError) as refusal:
         module.fail_json(msg=f"It is still a gateway. {refusal}", **result)
     return result
 
