@@ -187,7 +187,7 @@ ALERTS = {
 }
 WORDS = re.compile(
     r"sum|max|min|avg|count|by|on|and|or|unless|offset|bool|rate|increase|changes|time|vector|predict_linear|"
-    r"avg_over_time|min_over_time|histogram_quantile"
+    r"avg_over_time|min_over_time|max_over_time|histogram_quantile"
 )
 
 
