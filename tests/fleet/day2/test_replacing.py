@@ -2,16 +2,18 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from testbed import PROJECT
+from testbed.engine import Engine
 from testbed.shell import CommandFailed
 
 from ..load import SteadyLoad
-from ..operations import Inventory, Operator, Page, words
+from ..operations import Inventory, Operator, Page, wait_until, words
 from .conftest import Watch
 
 BROKEN = Path(__file__).with_name("broken")
@@ -83,6 +85,30 @@ def test_a_restarted_card_runs_what_it_ran_and_the_others_go_on_under_full_load(
     assert page.column("version") == versions
     (line,) = [line for line in audit() if line["what"] == "restart"]
     assert (line["instance"], line["change"], line["result"]) == (instance["id"], "restart", "ok")
+
+
+def test_a_host_that_is_lost_in_mid_restart_ends_it_and_its_card_stays_drained(
+    operator: Operator,
+    page: Page,
+    fleet: dict[str, Any],
+    engine: Engine,
+    container: Callable[[str], str],
+) -> None:
+    """Where a host dies while a module waits there for a model, TCP alone would hold the run for hours."""
+    name, other = [instance["id"] for instance in fleet["instances"] if instance["host"] == "gpu02"]
+    with ThreadPoolExecutor(1) as pool:
+        restart = pool.submit(operator.play, "restart", target="gpu02")
+        wait_until(lambda: page.states()[name] not in {"ready", "draining", "drained"}, 60, page.states)
+        engine.docker("pause", container("gpu02"))
+        try:
+            with pytest.raises(CommandFailed, match=r"1 of 2 .* 1 FAILED"):
+                restart.result(90)
+        finally:
+            engine.docker("unpause", container("gpu02"))
+    page.wait_for("ready", other, seconds=15)
+    assert page.column("drained") == {instance["id"]: instance["id"] == name for instance in fleet["instances"]}
+    operator.play("restart", target=name)
+    page.wait_for("ready", seconds=15)
 
 
 BREAKAGES: dict[str, tuple[dict[str, Any], str]] = {
