@@ -309,7 +309,7 @@ def test_what_only_gpu_hosts_need_is_not_asked_of_a_gateway(capsys: pytest.Captu
 def test_what_was_left_on_a_host_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: list[str]
 ) -> None:
-    monkeypatch.setattr(host_check, "check", lambda module: [])
+    monkeypatch.setattr(host_check, "check", lambda module, present: [])
     traces = {name: tmp_path / name for name in host_check.TRACES}
     monkeypatch.setattr(host_check, "TRACES", traces)
     for name in found:

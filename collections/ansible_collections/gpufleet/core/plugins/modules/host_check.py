@@ -387,8 +387,11 @@ def docker_faults(module: AnsibleModule, image: str) -> list[str]:
     return []
 
 
-def check(module: AnsibleModule) -> list[str]:
-    """Look at the host and return all faults."""
+def check(module: AnsibleModule, present: Mapping[str, int]) -> list[str]:
+    """Look at the host and return all faults.
+
+    :param present: ports by program as they are now.
+    """
     wanted = module.params
     faults = system_faults(
         Path("/etc/os-release").read_text(encoding="utf-8"),
@@ -399,7 +402,7 @@ def check(module: AnsibleModule) -> list[str]:
     uid = uid_of(wanted["user"])
     faults += port_faults(wanted["instances"], wanted["gateway_ports"], port_listeners(), uid, is_our_gateway())
     if not wanted["move_ports"]:
-        faults += moving_port_faults(wanted["instances"], program_ports(read(PROGRAMS) or ""))
+        faults += moving_port_faults(wanted["instances"], present)
     if wanted["gateway_image"]:
         faults += docker_faults(module, wanted["gateway_image"])
     if not wanted["instances"]:
@@ -436,13 +439,13 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    present = program_ports(read(PROGRAMS) or "")
     interface, unfit = vip_interface(module)
-    faults = [f"host {module.params['host']}: {line}" for line in (*check(module), *unfit)]
+    faults = [f"host {module.params['host']}: {line}" for line in (*check(module, present), *unfit)]
     if faults:
         module.fail_json(msg="\n".join(["The host is refused; nothing was changed there.", *faults]), faults=faults)
     found = {name: path.exists() for name, path in TRACES.items()}
-    ports = list(program_ports(read(PROGRAMS) or "").values())
-    module.exit_json(changed=False, vip_interface=interface, program_ports=ports, **found)
+    module.exit_json(changed=False, vip_interface=interface, program_ports=list(present.values()), **found)
 
 
 if __name__ == "__main__":
